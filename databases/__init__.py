@@ -1,0 +1,1 @@
+"""Databases that users ask for: rows here, real databases behind them."""

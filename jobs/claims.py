@@ -1,0 +1,474 @@
+"""The right to work on one row: taken, renewed, settled, failed, lost.
+
+A claim is a lease: it ends `LEASE` after it was last renewed, so a row whose worker died waits that long and no longer.
+Every change is one conditional statement. Two processes may try the same; the database lets one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import hashlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
+
+from django.apps import apps
+from django.core.exceptions import ObjectDoesNotExist
+from django.db import Error as DatabaseError
+from django.db import IntegrityError, connections, router, transaction
+from django.db.models import F, Model, Q, QuerySet
+
+from jobs import clock
+from jobs.conf import conf
+from jobs.exceptions import LeaseLost, NoLongerNeeded
+from jobs.message import pk_text, pk_value
+
+if TYPE_CHECKING:
+    from jobs.job import Declared
+    from jobs.models import Claim, ClaimQuerySet
+
+logger = logging.getLogger("selfheal")
+
+Refusal = Literal["busy", "waiting", "quarantined"]
+
+# Deaths that the worker saw are certain; a lease that ran out may also mean that the database was away.
+SEEN_DEATHS = 3
+UNSEEN_DEATHS = 10
+
+# How a process ends that lost its lease or could not renew it. Says nothing about the row, so nothing is counted.
+EXIT_LEASE_LOST = 75
+# How long past its time limit an attempt may go on before its process ends itself, and before its worker ends it.
+RUNAWAY_AFTER = timedelta(seconds=30)
+KILL_AFTER = timedelta(seconds=60)
+
+
+# This module is imported with the package, before Django's models are: they are looked up when called.
+def _claims() -> ClaimQuerySet:
+    claims: ClaimQuerySet = apps.get_model("selfheal", "Claim").objects.all()
+    return claims
+
+
+def _database() -> str:
+    return router.db_for_write(apps.get_model("selfheal", "Claim"))
+
+
+def label(model: type[Model]) -> str:
+    """Return the name under which the rows of a model are claimed: proxies are the same rows."""
+    return (model._meta.concrete_model or model)._meta.label_lower
+
+
+@dataclass
+class Attempt:
+    """One try at one row by one process: who, on what, and the token that proves it."""
+
+    declared: Declared
+    model: str
+    pk: str
+    token: str = field(default_factory=lambda: uuid4().hex)
+    worker: str = ""
+    started_at: datetime | None = None
+
+    @property
+    def work(self) -> str:
+        return f"{self.declared.name} of {self.model} {self.pk}"
+
+    @property
+    def lease_key(self) -> str:
+        """The row, whichever job works on it."""
+        key = f"{self.model}:{self.pk}"
+        return key if len(key) <= 200 else f"{self.model[:100]}:#{hashlib.sha256(key.encode()).hexdigest()}"
+
+    def is_on(self, row: Model) -> bool:
+        return label(type(row)) == self.model and pk_text(row.pk) == self.pk
+
+
+def holder(worker: str, pid: int | None = None) -> str:
+    """Return how claims and runs name a process: its worker, host and pid."""
+    return f"{worker}@{socket.gethostname()}:{pid or os.getpid()}"[-250:]
+
+
+_current: ContextVar[Attempt | None] = ContextVar("selfheal_attempt", default=None)
+
+
+# --- Taking -----------------------------------------------------------------------------------------------------------
+
+
+def take(attempt: Attempt) -> Claim | Refusal:
+    """Take the lease on the row, or say why not: somebody has it, the job is backing off, or it is quarantined.
+
+    Taking over a lease that has expired counts a crash. A lost race never breaks a transaction around it.
+    """
+    lease = {
+        "token": attempt.token,
+        "lease_key": attempt.lease_key,
+        "lease_expires_at": clock.now(conf.LEASE),
+        "holder": holder(attempt.worker),
+    }
+    identity = {"job": attempt.declared.name, "model": attempt.model, "object_pk": attempt.pk}
+    # The usual case, work that nobody has touched, first: ON CONFLICT DO NOTHING for either unique key.
+    _insert(**identity, **lease)
+    if claim := _claims().filter(token=attempt.token).first():
+        return _begin(attempt, claim)
+
+    for dead in _claims().filter(lease_key=attempt.lease_key, lease_expires_at__lte=clock.now()):
+        expire(dead)
+    mine = _claims().filter(**identity)
+    if not mine.exists():
+        # Another job had the lease; if it is gone by now, ours is a fresh claim after all.
+        _insert(**identity, **lease)
+    else:
+        _quarantine_crashing(attempt, mine)
+        # A competing job may take the row's lease between our look and our update: its unique key then refuses us.
+        with contextlib.suppress(IntegrityError), transaction.atomic(_database()):
+            mine.due().filter(lease_key__isnull=True).update(**{**lease, "lease_expires_at": clock.now(conf.LEASE)})
+    if claim := _claims().filter(token=attempt.token).first():
+        return _begin(attempt, claim)
+    return _refusal(mine)
+
+
+def _insert(**values: Any) -> None:
+    Claim = apps.get_model("selfheal", "Claim")
+    Claim.objects.bulk_create([Claim(first_claimed_at=clock.now(), **values)], ignore_conflicts=True)
+
+
+def _begin(attempt: Attempt, claim: Claim) -> Claim:
+    assert claim.lease_expires_at is not None
+    attempt.started_at = claim.lease_expires_at - conf.LEASE
+    return claim
+
+
+def _refusal(mine: ClaimQuerySet) -> Refusal:
+    if mine.filter(quarantined_at__isnull=False).exists():
+        return "quarantined"
+    if mine.filter(next_attempt_at__gt=clock.now(), lease_key__isnull=True).exists():
+        return "waiting"
+    return "busy"
+
+
+def expire(claim: Claim) -> None:
+    """Free the lease of a process that stopped renewing it, count its crash, and write down what is known of it."""
+    freed = (
+        _claims()
+        .filter(pk=claim.pk, token=claim.token, lease_expires_at__lte=clock.now())
+        .update(lease_key=None, token="", lease_expires_at=None, crashes=F("crashes") + 1)
+    )
+    if freed:
+        renewed_at = claim.lease_expires_at and claim.lease_expires_at - conf.LEASE
+        error = f"Its process stopped renewing the lease. Last renewed {renewed_at}, by {claim.holder}."
+        _record_of(claim, "crashed", error, claim.holder)
+        logger.warning("%s: %s", claim, error)
+
+
+def _quarantine_crashing(attempt: Attempt, mine: ClaimQuerySet) -> None:
+    if attempt.declared.quarantines:
+        mine.filter(crashes__gte=UNSEEN_DEATHS, quarantined_at__isnull=True).update(quarantined_at=clock.now())
+
+
+# --- Ending -----------------------------------------------------------------------------------------------------------
+
+
+def settle(attempt: Attempt, kept: dict[str, Any]) -> None:
+    """End an attempt that succeeded: the claim is gone, the run is written. Raises `LeaseLost` when it was not ours.
+
+    `kept` is what the schedule keeps of a run of its own.
+    """
+    with transaction.atomic(_database()):
+        _end(attempt)
+        attempt.declared.finish("done", kept)
+        if attempt.declared.keeps_history:
+            _record(attempt, "done")
+
+
+def drop(attempt: Attempt, claim: Claim) -> None:
+    """End an attempt at a row that needs nothing any more. No history, unless earlier attempts left some."""
+    with transaction.atomic(_database()):
+        _end(attempt)
+        if claim.attempts or claim.crashes:
+            _record(attempt, "resolved", error=claim.last_error)
+
+
+def fail(attempt: Attempt, error: str, traceback: str = "", needed: bool = True) -> None:
+    """End an attempt that raised: count it, back off, and quarantine the row once `max_attempts` are used up.
+
+    A row that its sweep does not match any more is settled. Raises `LeaseLost` when the claim was not ours any more.
+    """
+    declared = attempt.declared
+    with transaction.atomic(_database()):
+        claim = _claims().filter(token=attempt.token).first()
+        if claim is None:
+            raise LeaseLost(attempt.work)
+        attempts = claim.attempts + 1
+        is_last = declared.max_attempts is not None and attempts >= declared.max_attempts
+        counted = {"attempts": attempts, "next_attempt_at": clock.now(declared.backoff.delay(attempts))}
+        _set_back(attempt, "failed", error, counted, give_up=is_last, needed=needed)
+        _record(attempt, "failed", error=error, traceback=traceback)
+
+
+def record_death(attempt: Attempt, pid: int, evidence: str) -> None:
+    """Write down that the process of an attempt died, as its worker saw it. Nothing, if it had settled before."""
+    with transaction.atomic(_database()):
+        claim = _claims().filter(token=attempt.token).first()
+        if claim is None:
+            return
+        _begin(attempt, claim)
+        deaths, crashes = claim.deaths + 1, claim.crashes + 1
+        counted = {
+            "deaths": deaths,
+            "crashes": crashes,
+            "next_attempt_at": clock.now(attempt.declared.backoff.delay(crashes)),
+        }
+        is_last = deaths >= SEEN_DEATHS or crashes >= UNSEEN_DEATHS
+        _set_back(attempt, "crashed", evidence, counted, give_up=is_last)
+        _record(attempt, "crashed", error=evidence, pid=pid)
+
+
+def _set_back(
+    attempt: Attempt, outcome: str, error: str, counted: dict[str, Any], give_up: bool, needed: bool = True
+) -> None:
+    """Give the lease back with what was counted, quarantine the row when it is given up, or settle what is over."""
+    if not needed:
+        _end(attempt)
+    elif give_up and not attempt.declared.quarantines:
+        _end(attempt)
+        attempt.declared.finish(outcome, {})
+    else:
+        _give_back(attempt, last_error=error, quarantined_at=clock.now() if give_up else None, **counted)
+
+
+def release(attempt: Attempt) -> None:
+    """Give the lease back and count nothing: the worker was told to stop at once."""
+    _give_back(attempt)
+
+
+def record_loss(attempt: Attempt, error: LeaseLost) -> None:
+    """Write down that an attempt found its lease gone. The claim is somebody else's, and stays as it is."""
+    _record(attempt, "lost", error=str(error))
+
+
+def resolve(job: str, rows: QuerySet[Any]) -> int:
+    """Settle the job's claims that nobody works on and whose row its sweep does not match any more. Returns how many.
+
+    Quarantined ones too: a row that was mended by hand needs no release.
+    """
+    unleased = _claims().unleased().filter(job=job, model=label(rows.model)).order_by("pk")
+    resolved, last = 0, 0
+    while batch := list(unleased.filter(pk__gt=last)[:1000]):
+        last = batch[-1].pk
+        needed = set(map(pk_text, _matching(rows, batch).values_list("pk", flat=True)))
+        for claim in batch:
+            if claim.object_pk in needed:
+                continue
+            with transaction.atomic(_database()):
+                if _claims().unleased().filter(pk=claim.pk, token=claim.token).delete()[0]:
+                    _record_of(claim, "resolved", claim.last_error)
+                    resolved += 1
+    return resolved
+
+
+def _matching(rows: QuerySet[Any], claims: list[Claim]) -> QuerySet[Any]:
+    return rows.filter(pk__in=[pk_value(rows.model, claim.object_pk) for claim in claims])
+
+
+def _end(attempt: Attempt) -> None:
+    if not _claims().filter(token=attempt.token).delete()[0]:
+        raise LeaseLost(attempt.work)
+
+
+def _give_back(attempt: Attempt, **changes: Any) -> None:
+    mine = _claims().filter(token=attempt.token)
+    mine.update(lease_key=None, token="", lease_expires_at=None, holder="", **changes)
+
+
+def _record(attempt: Attempt, outcome: str, error: str = "", traceback: str = "", pid: int | None = None) -> None:
+    write_run(
+        job=attempt.declared.name,
+        model=attempt.model,
+        object_pk=attempt.pk,
+        outcome=outcome,
+        error=error,
+        traceback=traceback,
+        holder=holder(attempt.worker, pid),
+        started_at=attempt.started_at,
+    )
+
+
+def _record_of(claim: Claim, outcome: str, error: str, holder: str = "") -> None:
+    identity = {"job": claim.job, "model": claim.model, "object_pk": claim.object_pk}
+    write_run(outcome=outcome, error=error, holder=holder, **identity)
+
+
+def write_run(*, holder: str, **values: Any) -> None:
+    """Append one ended attempt to the history."""
+    worker, _, process = holder.rpartition("@")
+    host, _, pid = process.rpartition(":")
+    apps.get_model("selfheal", "Run").objects.create(
+        worker=worker[:100], host=host[:100], pid=int(pid) if pid.isdigit() else None, finished_at=clock.now(), **values
+    )
+
+
+# --- Asking -----------------------------------------------------------------------------------------------------------
+
+
+def held(job: str, model: type[Model], pks: list[str]) -> set[str]:
+    """Return those of the rows that a sweep must leave: leased by any job, or backing off or quarantined for this one."""
+    leased = Q(lease_key__isnull=False, lease_expires_at__gt=clock.now())
+    set_aside = Q(job=job) & (Q(quarantined_at__isnull=False) | Q(next_attempt_at__gt=clock.now()))
+    claims = _claims().filter(leased | set_aside, model=label(model), object_pk__in=pks)
+    return set(claims.values_list("object_pk", flat=True))
+
+
+def count(model: type[Model]) -> int:
+    """Return how many claims there are on rows of the model."""
+    return _claims().filter(model=label(model)).count()
+
+
+# --- Holding ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def current(attempt: Attempt) -> Iterator[None]:
+    """Make this the attempt that `with_lock` speaks for."""
+    token = _current.set(attempt)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextlib.contextmanager
+def with_lock(row: Model) -> Iterator[Model]:
+    """Open a short transaction in which the row is locked, freshly read into the instance passed, and still ours.
+
+    Inside a swept job, the claim is locked by its token, which keeps every other attempt off, then the row, always in
+    that order; the row is read again through the sweep's queryset. So a change that a user made while the job worked
+    is never overwritten. Raises `LeaseLost` when the claim is gone, `NoLongerNeeded` when the row is, or no longer
+    matches; let both pass, the worker ends quietly. For another row than the job's, the claim is checked and the match
+    is not. Nested, it is a savepoint. Outside a job it is a row lock.
+
+    For seconds, not minutes: renewing the lease waits for it.
+    """
+    attempt = _current.get()
+    using = row._state.db or router.db_for_write(type(row), instance=row)
+    with contextlib.ExitStack() as stack:
+        if attempt is not None:
+            stack.enter_context(transaction.atomic(_database()))
+            _renew_or_lose(attempt)
+        # The row's transaction is the inner one: it commits while the claim is still locked, even across databases.
+        if attempt is None or using != _database():
+            stack.enter_context(transaction.atomic(using))
+        if attempt is not None and attempt.is_on(row):
+            try:
+                _lock(row, using)
+                row.refresh_from_db(from_queryset=attempt.declared.rows().using(using))
+            except ObjectDoesNotExist:
+                raise NoLongerNeeded(attempt.work) from None
+        else:
+            _lock(row, using)
+            row.refresh_from_db(using=using)
+        yield row
+
+
+def _renew_or_lose(attempt: Attempt) -> None:
+    # An update rather than SELECT FOR UPDATE: it locks on SQLite too, before anything is read.
+    if not renew(attempt.token):
+        raise LeaseLost(attempt.work)
+
+
+def renew(token: str) -> bool:
+    """Extend the lease to `LEASE` from now; False when the token is not the holder's any more."""
+    return bool(_claims().filter(token=token).update(lease_expires_at=clock.now(conf.LEASE)))
+
+
+def _lock(row: Model, using: str) -> None:
+    """Lock the row until the transaction ends. Raises `DoesNotExist` when it is gone."""
+    connection = connections[using]
+    if connection.vendor == "sqlite":
+        # SQLite locks the whole database at the first write; a deferred transaction that reads first can lose the race.
+        table, column = (connection.ops.quote_name(name) for name in (row._meta.db_table, _any_column(row)))
+        with connection.cursor() as cursor:
+            cursor.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")
+        return
+    locked = type(row)._base_manager.using(using).select_for_update(of=("self",)).filter(pk=row.pk)
+    locked.only("pk").get()
+
+
+def _any_column(row: Model) -> str:
+    return str(row._meta.local_concrete_fields[0].column)
+
+
+class Heartbeat(threading.Thread):
+    """Renews an attempt's lease for as long as its process lives, and ends the process when it must not go on.
+
+    That is when the token is gone, when the lease could not be renewed in time, or when the attempt runs away past its
+    time limit. For a process that its worker forked for this attempt alone; on a thread, with a connection of its own.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(name=f"heartbeat of {attempt.work}", daemon=True)
+        self.attempt = attempt
+        self.ended = threading.Event()
+        self.runaway_at = time.monotonic() + attempt.declared.timeout_seconds + RUNAWAY_AFTER.total_seconds()
+
+    def __enter__(self) -> Heartbeat:
+        self._arm(time.monotonic())
+        self.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.ended.set()
+        # Never let it renew a claim that is being settled, nor end a process that is about to report.
+        self.join(timeout=conf.HEARTBEAT.total_seconds())
+        faulthandler.cancel_dump_traceback_later()
+
+    def run(self) -> None:
+        try:
+            self._beat()
+        finally:
+            connections.close_all()
+
+    def _beat(self) -> None:
+        renewed_at = time.monotonic()
+        wait = conf.HEARTBEAT.total_seconds()
+        while not self.ended.wait(wait):
+            asked_at = time.monotonic()
+            if asked_at > self.runaway_at:
+                self._end_process(f"{self.attempt.work} runs {RUNAWAY_AFTER} past its time limit", signal.SIGKILL)
+            try:
+                if not renew(self.attempt.token):
+                    if self.ended.is_set():
+                        return
+                    self._end_process(f"{self.attempt.work} has lost its lease")
+                renewed_at = asked_at
+                self._arm(renewed_at)
+                wait = conf.HEARTBEAT.total_seconds()
+            except DatabaseError as error:
+                logger.warning("The lease of %s was not renewed: %s", self.attempt.work, error)
+                connections.close_all()
+                wait = min(1.0, conf.HEARTBEAT.total_seconds())
+            if time.monotonic() > renewed_at + (conf.LEASE - conf.lease_margin).total_seconds():
+                self._end_process(f"{self.attempt.work} could not renew its lease in time")
+
+    @staticmethod
+    def _arm(renewed_at: float) -> None:
+        # The watchdog of the interpreter itself: it ends a process whose threads cannot, be it stuck in C code, waiting
+        # for a database that hangs, or just resumed after it was frozen.
+        left = renewed_at + (conf.LEASE - conf.lease_margin / 2).total_seconds() - time.monotonic()
+        faulthandler.dump_traceback_later(max(left, 0.001), exit=True, file=sys.__stderr__ or sys.stderr)
+
+    @staticmethod
+    def _end_process(reason: str, how: int | None = None) -> None:
+        logger.error("Ending this process: %s.", reason)
+        if how is not None:
+            os.kill(os.getpid(), how)
+        os._exit(EXIT_LEASE_LOST)

@@ -1,0 +1,67 @@
+"""The settings in `JOBS`, their defaults, and nothing read before it is needed.
+
+Every one is a duration, given as a timedelta.
+"""
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+from django.conf import settings
+
+from jobs.exceptions import Misconfigured
+
+DEFAULTS = {
+    # A row whose worker died waits this long for the next attempt, and no longer.
+    "LEASE": timedelta(seconds=60),
+    # How often a running attempt renews its lease. Several must fit into one lease.
+    "HEARTBEAT": timedelta(seconds=15),
+    # How often the scheduler looks for what is due.
+    "TICK": timedelta(seconds=5),
+    # How long a push may wait for Redis: connecting, and again for the answer.
+    "REDIS_TIMEOUT": timedelta(milliseconds=500),
+    # How long the history of attempts is kept.
+    "KEEP_RUNS": timedelta(days=14),
+}
+
+
+class Conf:
+    """`conf.LEASE` and its siblings, read from the settings at each use.
+
+    Raises `Misconfigured` for a value that is no positive timedelta.
+    """
+
+    def __getattr__(self, name: str) -> timedelta:
+        if name not in DEFAULTS:
+            raise AttributeError(name)
+        value = getattr(settings, "JOBS", {}).get(name, DEFAULTS[name])
+        if not isinstance(value, timedelta) or value <= timedelta(0):
+            raise Misconfigured(f"JOBS[{name!r}] is {value!r}; make it a timedelta longer than zero.")
+        return value
+
+    @property
+    def lease_margin(self) -> timedelta:
+        """How long before its lease ends a process that cannot renew it ends itself: 10 s of the default 60."""
+        return self.LEASE / 6
+
+
+conf = Conf()
+
+
+def problems() -> Iterator[str]:
+    """Yield a sentence for each setting that cannot work."""
+    given = getattr(settings, "JOBS", {})
+    if not isinstance(given, dict):
+        yield f"JOBS is {given!r}; make it a dict of timedeltas."
+        return
+    for name in given.keys() - DEFAULTS.keys():
+        yield f"JOBS has no setting {name!r}; use one of {', '.join(DEFAULTS)}."
+    try:
+        for name in DEFAULTS:
+            getattr(conf, name)
+        if conf.HEARTBEAT * 2 > conf.LEASE:
+            yield (
+                f"JOBS['HEARTBEAT'] ({conf.HEARTBEAT}) leaves room for less than two heartbeats in "
+                f"JOBS['LEASE'] ({conf.LEASE}); make the lease longer or the heartbeat shorter."
+            )
+    except Misconfigured as error:
+        yield str(error)

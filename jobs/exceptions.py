@@ -1,0 +1,35 @@
+"""What can go wrong, as far as a caller would act differently on it."""
+
+from django.core.exceptions import ImproperlyConfigured
+
+
+class SelfHealError(Exception):
+    """The root of every error that this library raises on purpose."""
+
+
+class LeaseLost(SelfHealError):
+    """The row belongs to another attempt by now, or to none: stop, and write nothing more."""
+
+    def __init__(self, work: str) -> None:
+        super().__init__(
+            f"The lease on {work} is lost: it was not renewed in time, and the row may already be worked on elsewhere. "
+            "Nothing was written; the sweep will queue the row again if it still needs work."
+        )
+
+
+class NoLongerNeeded(SelfHealError):
+    """The row was deleted, or its sweep no longer matches it: there is nothing left to do."""
+
+    def __init__(self, work: str) -> None:
+        super().__init__(f"{work} no longer needs this work: its row was deleted or changed meanwhile.")
+
+
+class QueueUnavailable(SelfHealError):
+    """Redis did not take the job. Raised where nothing else would bring it back: for plain jobs and sweeps."""
+
+    def __init__(self, name: str, reason: Exception) -> None:
+        super().__init__(f"{name} was not queued, because Redis did not answer: {reason}")
+
+
+class Misconfigured(SelfHealError, ImproperlyConfigured):
+    """A declaration or setting that cannot work. `manage.py check` names it before anything runs."""

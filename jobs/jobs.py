@@ -1,0 +1,18 @@
+"""The library's own scheduled work."""
+
+from django.apps import apps
+
+from jobs import clock
+from jobs.conf import conf
+from jobs.job import job
+
+BATCH = 10_000
+
+
+@job(cron="29 4 * * *")
+def selfheal_prune() -> None:
+    """Delete the history older than `KEEP_RUNS`, a batch at a time so that no lock is held for long."""
+    Run = apps.get_model("selfheal", "Run")
+    old = Run.objects.filter(finished_at__lt=clock.now(-conf.KEEP_RUNS)).order_by("finished_at").values_list("pk")
+    while batch := [pk for (pk,) in old[:BATCH]]:
+        Run.objects.filter(pk__in=batch).delete()

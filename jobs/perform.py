@@ -1,0 +1,180 @@
+"""One message, performed: switch, claim, the row read again, the function, and how it ended written down."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+from django.db import InterfaceError, OperationalError, connections
+from django.db.models import QuerySet
+from redis import Redis
+
+from jobs import claims, clock, enqueue, switches
+from jobs.claims import Attempt
+from jobs.conf import conf
+from jobs.exceptions import LeaseLost, NoLongerNeeded
+from jobs.job import Declared
+from jobs.message import Message, pk_value
+
+logger = logging.getLogger("selfheal")
+
+Outcome = Literal["done", "failed", "not_needed", "busy", "waiting", "quarantined", "disabled"]
+
+# What one attempt may raise without taking its process along. A job that calls sys.exit() has failed.
+FAILURES = (Exception, SystemExit)
+
+
+Guard = Callable[[Declared, Attempt | None], AbstractContextManager[Any]]
+
+
+def unguarded(declared: Declared, attempt: Attempt | None) -> AbstractContextManager[None]:
+    """No time limit and no heartbeat: for tests."""
+    return contextlib.nullcontext()
+
+
+def attempt_at(message: Message, worker: str = "") -> Attempt:
+    """Return a fresh attempt at the row or the schedule that the message names."""
+    declared = message.declared
+    assert message.pk is not None
+    return Attempt(declared, claims.label(declared.model), message.pk, worker=worker)
+
+
+def perform(attempt: Attempt, guard: Guard = unguarded) -> Outcome:
+    """Do the work on one row, if it is enabled, free, and still needed. Never raises for what the job does.
+
+    `guard` is entered around the job's own code: in a worker, a time limit and a heartbeat.
+    """
+    declared = attempt.declared
+    if _is_disabled(declared):
+        return "disabled"
+    claim = claims.take(attempt)
+    if isinstance(claim, str):
+        return claim
+    try:
+        with claims.current(attempt), guard(declared, attempt):
+            row = _read(declared.rows(), attempt.pk)
+            kept = declared.work(row)
+    except NoLongerNeeded:
+        _write_down(lambda: claims.drop(attempt, claim))
+        return "not_needed"
+    except LeaseLost as lost:
+        return _lost(attempt, lost)
+    except FAILURES as error:
+        logger.exception("%s failed", attempt.work)
+        return _failed(attempt, error)
+    try:
+        _write_down(lambda: claims.settle(attempt, kept))
+    except LeaseLost as lost:
+        return _lost(attempt, lost)
+    return "done"
+
+
+def perform_call(message: Message, connection: Redis, gone_after: float, guard: Guard = unguarded) -> Outcome:
+    """Do a plain call. A failure delivers it again after its backoff, until its attempts are used up."""
+    job = message.declared
+    if job.is_scheduled and _is_disabled(job):
+        enqueue.end_call(message, connection)
+        return "disabled"
+    attempt = enqueue.start_call(message, connection, gone_after)
+    if not attempt:
+        return "not_needed"
+    started_at = clock.read()
+    try:
+        if job.max_attempts is not None and attempt > job.max_attempts:
+            raise RuntimeError(f"Its process died in each of its {job.max_attempts} attempts.")
+        with guard(job, None):
+            job.function(*message.args, **message.kwargs)
+    except FAILURES as error:
+        logger.exception("%s failed", message.description)
+        _write_down(lambda: _record_call(message, "failed", started_at, error))
+        if job.max_attempts is not None and attempt >= job.max_attempts:
+            enqueue.end_call(message, connection)
+        else:
+            enqueue.retry_call(message, connection, job.backoff.delay(attempt))
+        return "failed"
+    enqueue.end_call(message, connection)
+    _write_down(lambda: _record_call(message, "done", started_at))
+    return "done"
+
+
+def _is_disabled(declared: Declared) -> bool:
+    names = [declared.name]
+    if (job := getattr(declared, "job", None)) is not None:
+        names.append(job.name)
+    return bool(switches.disabled(names))
+
+
+def _read(rows: QuerySet[Any], pk: str) -> Any:
+    """Read the claimed row as its sweep finds it. Raises `NoLongerNeeded` when it does not."""
+    try:
+        row = rows.filter(pk=pk_value(rows.model, pk)).first()
+    except ValueError:
+        row = None
+    if row is None:
+        raise NoLongerNeeded(f"{rows.model._meta.label} {pk}")
+    return row
+
+
+def _failed(attempt: Attempt, error: BaseException) -> Outcome:
+    sentence, trace = _sentence(error), "".join(traceback.format_exception(error))
+    try:
+        _write_down(lambda: claims.fail(attempt, sentence, trace, needed=_is_needed(attempt)))
+    except LeaseLost as lost:
+        return _lost(attempt, lost)
+    return "failed"
+
+
+def _lost(attempt: Attempt, lost: LeaseLost) -> Outcome:
+    logger.warning(str(lost))
+    _write_down(lambda: claims.record_loss(attempt, lost))
+    return "busy"
+
+
+def _is_needed(attempt: Attempt) -> bool:
+    """Whether the row still matches after a failure. A queryset that fails itself answers nothing: then it does."""
+    try:
+        _read(attempt.declared.rows(), attempt.pk)
+    except NoLongerNeeded:
+        return False
+    except (OperationalError, InterfaceError):
+        raise
+    except Exception:
+        logger.exception("The rows of %s cannot be read", attempt.declared.name)
+    return True
+
+
+def _write_down(statement: Callable[[], None]) -> None:
+    """Execute what ends an attempt, on a fresh connection if the old one died while the job was at work.
+
+    Tries for half a lease: within that nobody else can have taken the row.
+    """
+    give_up_at = time.monotonic() + conf.LEASE.total_seconds() / 2
+    while True:
+        try:
+            return statement()
+        except (OperationalError, InterfaceError):
+            if time.monotonic() > give_up_at or any(each.in_atomic_block for each in connections.all(True)):
+                raise
+            logger.warning("The end of an attempt could not be written down, trying again", exc_info=True)
+            connections.close_all()
+            time.sleep(0.5)
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _record_call(message: Message, outcome: str, started_at: Any, error: BaseException | None = None) -> None:
+    claims.write_run(
+        job=message.declared.name,
+        outcome=outcome,
+        error=_sentence(error) if error else "",
+        traceback="".join(traceback.format_exception(error)) if error else "",
+        holder=claims.holder(message.worker_name or ""),
+        started_at=started_at,
+    )

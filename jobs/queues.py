@@ -1,0 +1,121 @@
+"""The one door to Redis: the Queue class behind django-rq's settings, and the connection for pushes.
+
+Only this module imports django_rq.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from django.conf import settings
+from django_rq.connection_utils import get_redis_connection
+from django_rq.queues import DjangoRQ
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from rq.exceptions import NoSuchJobError
+from rq_scheduler.scheduler import Scheduler as RQScheduler
+
+from jobs.conf import conf
+from jobs.exceptions import Misconfigured
+from jobs.message import Message
+
+logger = logging.getLogger("selfheal")
+
+# rq-scheduler's sorted set. Here it holds what waits for its time: spread-out work and retries of plain jobs.
+DELAYED_KEY: str = RQScheduler.scheduled_jobs_key
+
+
+class Queue(DjangoRQ):  # type: ignore[misc]
+    """rq's queue, in which the id is the message. A worker on it refuses what the project did not declare."""
+
+    # rq's base job class deletes ids that have no hash when a page merely lists them.
+    job_class = Message
+
+    @classmethod
+    def dequeue_any(
+        cls,
+        queues: Iterable[Any],
+        timeout: int | None,
+        connection: Redis,
+        job_class: Any = None,
+        serializer: Any = None,
+        death_penalty_class: Any = None,
+    ) -> tuple[Message, Queue] | None:
+        """Pop the next message of the first queue that has one, and return it with its queue.
+
+        Waits up to `timeout` seconds, then raises `DequeueTimeout`; with None it does not wait and returns None when
+        all are empty. Whatever is no message of a declared job is dropped and logged.
+        """
+        by_key = {queue.key: queue for queue in queues}
+        while (popped := cls.lpop(list(by_key), timeout, connection=connection)) is not None:
+            key, raw = (
+                part.decode("utf-8", "backslashreplace") if isinstance(part, bytes) else part for part in popped
+            )
+            try:
+                return Message.fetch(raw, connection=connection), by_key[key]
+            except (NoSuchJobError, ValueError) as refusal:
+                logger.warning("Refused %.200r from queue %s: %s", raw, by_key[key].name, refusal)
+        return None
+
+
+def names() -> list[str]:
+    """Return the names in RQ_QUEUES."""
+    return list(getattr(settings, "RQ_QUEUES", {}))
+
+
+def default_timeout(name: str) -> int:
+    """Return after how many seconds a job in this queue is ended, unless it says otherwise itself."""
+    return int(getattr(settings, "RQ_QUEUES", {}).get(name, {}).get("DEFAULT_TIMEOUT") or Queue.DEFAULT_TIMEOUT)
+
+
+def get(name: str) -> Queue:
+    """Return the queue, on a connection that gives up after `REDIS_TIMEOUT` and never tries twice.
+
+    A push that is repeated after a time-out can arrive twice, and one that waits holds up a web request.
+    """
+    try:
+        config = settings.RQ_QUEUES[name]
+    except (AttributeError, KeyError):
+        raise Misconfigured(f"There is no queue {name!r} in RQ_QUEUES; add it there.") from None
+    return Queue(name, connection=_connect(_Config(config), conf.REDIS_TIMEOUT.total_seconds()))
+
+
+def connections() -> list[Redis]:
+    """Return one such connection for each Redis that RQ_QUEUES names."""
+    distinct = {id(connection): connection for connection in (get(name).connection for name in names())}
+    return list(distinct.values())
+
+
+class _Config:
+    """A queue's configuration as a dictionary key, without the parts that do not tell one Redis from another."""
+
+    _IRRELEVANT = ("DEFAULT_TIMEOUT", "DEFAULT_RESULT_TTL", "ASYNC", "SERIALIZER", "QUEUE_CLASS")
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = {key: value for key, value in config.items() if key not in self._IRRELEVANT}
+        self._key = repr(sorted(self.config.items(), key=lambda item: item[0]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Config) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@functools.lru_cache(maxsize=32)
+def _connect(config: _Config, timeout: float) -> Redis:
+    connection = get_redis_connection(config.config)
+    configure(connection, timeout)
+    return connection
+
+
+def configure(connection: Redis, timeout: float) -> None:
+    """Make a connection that was not used yet give up after `timeout` seconds, without trying again."""
+    options = connection.connection_pool.connection_kwargs
+    options.update(socket_timeout=timeout, socket_connect_timeout=min(timeout, conf.REDIS_TIMEOUT.total_seconds()))
+    options["decode_responses"] = False
+    connection.set_retry(Retry(NoBackoff(), 0))

@@ -1,0 +1,186 @@
+"""A sweep: the rows that need a job, turned into queued jobs, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from django.apps import apps
+from django.db import DatabaseError, router
+from django.db.models import Model, QuerySet
+from django.db.models.query import ModelIterable
+from django.utils.functional import cached_property
+from redis.exceptions import RedisError
+
+from jobs import claims, enqueue, queues, registry, switches
+from jobs.exceptions import Misconfigured, QueueUnavailable
+from jobs.job import Declared, Job, _is_count, _is_duration
+from jobs.message import pk_text
+
+
+class SweepResult(NamedTuple):
+    """What a sweep found. `matched` is the sum of the other three.
+
+    `waiting` rows are leased, backing off or quarantined, or there was no room for them within the limit.
+    """
+
+    matched: int = 0
+    enqueued: int = 0
+    already_queued: int = 0
+    waiting: int = 0
+
+
+class Sweep(Declared):
+    """A scheduled job that queues another job for every row which needs it. Calling it returns its queryset."""
+
+    keeps_history = False
+    # It comes due again within its interval; to back off would only delay that.
+    max_attempts = 1
+
+    def __init__(
+        self,
+        function: Callable[[], QuerySet[Any]],
+        job: Job,
+        *,
+        cron: str,
+        queue: str = "background",
+        name: str | None = None,
+        timeout: timedelta | None = None,
+        batch_size: int = 1000,
+        limit: int = 100_000,
+        jitter: timedelta | None = None,
+    ) -> None:
+        super().__init__(function, name, queue, timeout, cron)
+        self.job = job
+        self.batch_size = batch_size
+        self.limit = limit
+        self.jitter = jitter
+
+    def __call__(self) -> Any:
+        return self.function()
+
+    @cached_property
+    def fed_model(self) -> type[Model]:
+        """The model of the rows that it finds."""
+        model: type[Model] = self.queryset().model
+        return model
+
+    def queryset(self) -> QuerySet[Any]:
+        """Return the rows that need the job, from the database that is written to.
+
+        Raises `Misconfigured` when the function returns anything that cannot be asked about one row.
+        """
+        found = self.function()
+        if not isinstance(found, QuerySet):
+            raise Misconfigured(f"{self.name} returned {type(found).__name__}; return a queryset of the rows.")
+        query = found.query
+        if query.is_sliced or query.combinator:
+            raise Misconfigured(
+                f"{self.name} returned a queryset that cannot be filtered any further, because it is "
+                f"{'sliced' if query.is_sliced else 'a ' + query.combinator}; "
+                "combine with | instead, and bound it with limit=."
+            )
+        if not issubclass(found._iterable_class, ModelIterable):  # type: ignore[attr-defined]
+            raise Misconfigured(f"{self.name} returned values; return a queryset of the rows themselves.")
+        # A replica may not have heard of the row's last change, and the row is the truth.
+        return found if found._db else found.using(router.db_for_write(found.model))  # type: ignore[attr-defined]
+
+    def sweep(self, dry_run: bool = False) -> SweepResult:
+        """Queue the job for every row that needs it and is not queued, leased, backing off or quarantined.
+
+        Oldest first in the queryset's order, in batches, until about `limit` are queued; a round trip to Redis each.
+        Unleased claims whose row needs nothing any more are settled. With `dry_run` it only counts. Switched off, it
+        does neither. Raises `QueueUnavailable` when Redis does not answer.
+        """
+        if switches.disabled([self.name, self.job.name]) and not dry_run:
+            return SweepResult()
+        rows = self.queryset()
+        if not dry_run:
+            claims.resolve(self.job.name, rows)
+        try:
+            return self._feed(rows, dry_run)
+        except RedisError as error:
+            raise QueueUnavailable(self.name, error) from error
+
+    def _feed(self, rows: QuerySet[Any], dry_run: bool) -> SweepResult:
+        limit = self._limit()
+        queue = queues.get(self.job.queue)
+        queued = enqueue.queued_ids(queue, self.job.name)
+        unsettled = claims.count(rows.model)
+        # Every row is queued, or has room to be, or has a claim: no more need to be read, however long the backlog.
+        wanted = rows if rows.ordered else rows.order_by("pk")
+        pks = wanted.values_list("pk", flat=True)[: limit + unsettled].iterator(chunk_size=self.batch_size)
+        room = limit - len(queued)
+        enqueued = already_queued = waiting = 0
+        for batch in enqueue.batches(map(pk_text, pks), self.batch_size):
+            held = claims.held(self.job.name, rows.model, batch) if unsettled else set()
+            new = []
+            for pk in dict.fromkeys(batch):
+                id = self.job.id_of(pk).encode()
+                if id in queued:
+                    already_queued += 1
+                elif pk in held or len(new) >= room:
+                    waiting += 1
+                else:
+                    new.append(id)
+            if not dry_run:
+                enqueue.push_ids(queue, new, self.jitter)
+            room -= len(new)
+            enqueued += len(new)
+            if room <= 0 and already_queued + enqueued >= limit:
+                break
+        return SweepResult(enqueued + already_queued + waiting, enqueued, already_queued, waiting)
+
+    def _limit(self) -> int:
+        override = apps.get_model("selfheal", "Schedule").objects.filter(pk=self.name).values_list("limit", flat=True)
+        return next((limit for limit in override if limit is not None), self.limit)
+
+    def work(self, row: Any) -> dict[str, Any]:
+        """Sweep, as a run of its schedule, and have the schedule keep the counts."""
+        row.start()
+        return self.sweep()._asdict()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if not isinstance(self.job, Job):
+            yield "E006", f"@sweep takes the job that it feeds, not {self.job!r}."
+            return
+        if self.job.sweep is not self:
+            yield "E006", f"{self.job.name} already has a sweep, {self.job.sweep}; combine their querysets with |."
+        if not isinstance(self.cron, str):
+            yield "E002", f'cron is {self.cron!r}; pass an expression, such as "* * * * *" for every minute.'
+        for option in ("batch_size", "limit"):
+            if not _is_count(value := getattr(self, option)):
+                yield "E004", f"{option} is {value!r}; pass a number from 1."
+        if self.jitter is not None and not _is_duration(self.jitter):
+            yield "E004", f"jitter is {self.jitter!r}; pass a timedelta longer than zero."
+        try:
+            self.queryset()
+        except Misconfigured as error:
+            yield "E009", str(error)
+        except DatabaseError:
+            # It asks the database while it is built, and there may be no tables yet: the worker will tell.
+            return
+        except Exception as error:
+            yield "E009", f"{self.name} raised {type(error).__name__}: {error}; it must return a queryset."
+
+
+def sweep(job: Job, *, cron: str, **options: Any) -> Callable[[Callable[[], QuerySet[Any]]], Sweep]:
+    """Declare a function that returns the queryset of the rows that need the job.
+
+    The queryset must match every state in which the work is not finished: it decides what is queued, and it is asked
+    again about the claimed row before the work begins and when it is written down.
+
+    `cron` says how often, in Django's time zone, a sixth field being seconds. `queue` runs the sweep itself.
+    `batch_size` rows are pushed at a time, and about `limit` of its jobs are queued at once. `jitter` spreads them out.
+    """
+
+    def declare(function: Callable[[], QuerySet[Any]]) -> Sweep:
+        declared = Sweep(function, job, cron=cron, **options)
+        if isinstance(job, Job) and job.sweep is None:
+            job.sweep = declared
+        registry.add(declared)
+        return declared
+
+    return declare

@@ -1,0 +1,55 @@
+"""Helpers for the tests of projects that declare jobs.
+
+`perform` needs no Redis and works inside a TestCase. `tick` and `drain` do what the scheduler and the workers do, in this
+process, with the Redis in RQ_QUEUES.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime
+from typing import Any
+
+from jobs import claims, clock, queues, scheduler
+from jobs import perform as performing
+from jobs.claims import Attempt
+from jobs.job import Job
+from jobs.perform import Outcome
+
+__all__ = ["drain", "perform", "tick"]
+
+
+def perform(job: Job, row: Any) -> Outcome:
+    """Do a swept job's work on one row as a worker would, and return how it ended.
+
+    The row is claimed and read again, and the end is written down; an exception is not raised but counted, and kept on
+    the `Run` and the `Claim`. There is no heartbeat and no time limit.
+    """
+    if not job.is_swept:
+        raise TypeError(f"No sweep feeds {job.name}: call it, or drain() the queue.")
+    pk, _ = job.identify(row)
+    return performing.perform(Attempt(job, claims.label(job.model), pk, worker="test"))
+
+
+def tick(now: datetime | None = None) -> list[str]:
+    """Tick once, at the given time or the present; return the names of the schedules that were pushed."""
+    with clock.fixed(now):
+        return scheduler.tick()
+
+
+def drain() -> Counter[Outcome]:
+    """Perform everything that is in the queues, and what that adds to them; return how often each outcome came."""
+    outcomes: Counter[Outcome] = Counter()
+    remaining = [queues.get(name) for name in queues.names()]
+    while remaining:
+        popped = queues.Queue.dequeue_any(remaining[:1], None, connection=remaining[0].connection)
+        if popped is None:
+            remaining.pop(0)
+            continue
+        message, queue = popped
+        if message.pk is None:
+            outcomes[performing.perform_call(message, queue.connection, gone_after=0)] += 1
+        else:
+            outcomes[performing.perform(performing.attempt_at(message, "test"))] += 1
+        remaining = [queues.get(name) for name in queues.names()]
+    return outcomes

@@ -1,0 +1,254 @@
+"""The process behind `manage.py rqworker`: it waits for messages and forks a child for each.
+
+The child does everything that touches a row. The worker only watches it, and writes down how it died, if it did. It
+outlives Redis and the database, and ends when it is told to, never by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from django.db import connections
+from redis.exceptions import RedisError
+from rq import worker_registration
+from rq.exceptions import DequeueTimeout
+from rq.suspension import is_suspended
+from rq.timeouts import JobTimeoutException
+from rq.utils import now
+from rq.worker import Worker as RQWorker
+from rq.worker.base import WorkerStatus
+
+from jobs import claims, enqueue, perform, queues
+from jobs.conf import conf
+from jobs.job import Declared
+from jobs.message import Message
+
+logger = logging.getLogger("selfheal")
+
+# How long it waits for a message before it looks up: whether to stop, to heartbeat, to read the switches of rq.
+DEQUEUE_SECONDS = 2
+# How long Redis may leave a command unanswered before the worker gives up on that connection.
+SOCKET_SECONDS = DEQUEUE_SECONDS + 8
+LONGEST_RETRY_SECONDS = 5.0
+
+
+class Worker(RQWorker):  # type: ignore[misc]
+    """rq's worker without what it keeps about each job in Redis: claims and runs are rows in the database."""
+
+    queue_class = queues.Queue
+    job_class = Message
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # It registers again every heartbeat, so that a Redis which was emptied knows it soon.
+        self.worker_ttl = int(4 * conf.HEARTBEAT.total_seconds()) + SOCKET_SECONDS
+        self._announced_at: float | None = None
+        self._kill_requested = False
+
+    def _set_connection(self, connection: Any) -> Any:
+        # Nothing is sent twice: what got lost on the way, a sweep finds again.
+        queues.configure(connection, SOCKET_SECONDS)
+        return connection
+
+    def _set_ip_address(self, connection: Any) -> None:
+        # rq asks Redis while it constructs the worker. Redis may be away.
+        self.ip_address = "unknown"
+
+    # --- The loop -----------------------------------------------------------------------------------------------------
+
+    def work(
+        self,
+        burst: bool = False,
+        logging_level: str | None = None,
+        date_format: str = "%H:%M:%S",
+        log_format: str = "%(asctime)s %(message)s",
+        max_jobs: int | None = None,
+        max_idle_time: int | None = None,
+        with_scheduler: bool = False,
+        dequeue_strategy: Any = None,
+    ) -> bool:
+        """Perform messages until SIGTERM or SIGINT, or until one of rq's limits is reached. Returns whether any was.
+
+        The first signal ends it after the message in work, the second at once. An error of Redis, of the database or of
+        the machine only makes it wait.
+        """
+        if with_scheduler:
+            self.log.warning("--with-scheduler is rq's own; schedules here are run by manage.py rqscheduler.")
+        self._install_signal_handlers()
+        self.birth_date = now()
+        self.log.info("Worker %s started with PID %d, on %s", self.name, os.getpid(), ", ".join(self.queue_names()))
+        performed, idle_since, retry_after = 0, time.monotonic(), 0.5
+        while not self._stop_requested and (max_jobs is None or performed < max_jobs):
+            try:
+                message = self._next_message(burst)
+                retry_after = 0.5
+                if message is not None:
+                    self.execute_job(*message)
+                    performed += 1
+                    idle_since = time.monotonic()
+                elif burst or (max_idle_time is not None and time.monotonic() - idle_since >= max_idle_time):
+                    break
+            except RedisError as error:
+                self.log.warning("Worker %s: Redis does not answer (%s), trying again", self.name, error)
+                self._pause(retry_after)
+                retry_after = min(retry_after * 2, LONGEST_RETRY_SECONDS)
+            except Exception:
+                # Out of memory, out of processes: whatever it is, the row is safe and somebody must go on.
+                self.log.exception("Worker %s: going on after an error", self.name)
+                self._pause(0.5)
+        self.log.info("Worker %s stopped", self.name)
+        with contextlib.suppress(RedisError):
+            self.register_death()
+        return performed > 0
+
+    def _next_message(self, burst: bool) -> tuple[Message, Any] | None:
+        """Return the next message with its queue, or None when there was none for a while."""
+        self._announce(WorkerStatus.IDLE)
+        if is_suspended(self.connection, self):
+            self._pause(1.0)
+            return None
+        with contextlib.suppress(DequeueTimeout):
+            return self.queue_class.dequeue_any(
+                self._ordered_queues, None if burst else DEQUEUE_SECONDS, connection=self.connection
+            )
+        return None
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stop_requested and time.monotonic() < until:
+            time.sleep(0.1)
+
+    def _announce(self, state: str) -> None:
+        """Register with Redis, at most once per heartbeat: rq's pages and commands list it, nothing here relies on it."""
+        if self._announced_at is not None and time.monotonic() - self._announced_at < conf.HEARTBEAT.total_seconds():
+            return
+        self._state = state
+        self.last_heartbeat = now()
+        with self.connection.pipeline() as pipeline:
+            pipeline.hset(self.key, mapping={**self.serialize(), "state": state})
+            pipeline.expire(self.key, self.worker_ttl)
+            worker_registration.register(self, pipeline)
+            pipeline.execute()
+        for queue in self.queues:
+            worker_registration.clean_worker_registry(queue)
+        self._announced_at = time.monotonic()
+
+    # --- One message --------------------------------------------------------------------------------------------------
+
+    def execute_job(self, message: Message, queue: Any) -> None:
+        """Perform one message in a child, watch it, and write down how it died, if it did."""
+        self.log.info("Worker %s: %s: %s", self.name, queue.name, message.id)
+        message.worker_name = self.name
+        # Made here, so that the claim of a child that died can be told from every other.
+        attempt = perform.attempt_at(message, self.name) if message.pk is not None else None
+        # A connection that two processes share breaks in both.
+        connections.close_all()
+        self._horse_pid = os.fork()
+        if self._horse_pid == 0:
+            self._be_child(message, attempt)
+        with contextlib.suppress(OSError):
+            # Both sides say so, since either may come first: to kill the child's group must never mean this one.
+            os.setpgid(self._horse_pid, self._horse_pid)
+        pid, status, was_killed = self._wait_for_child(message)
+        self._horse_pid = 0
+        if status != 0:
+            self._note_death(message, attempt, pid, status, was_killed)
+
+    def _be_child(self, message: Message, attempt: claims.Attempt | None) -> None:
+        """Perform the message and end the process. Does not return."""
+        # A deploy sends SIGTERM to every process it can find; the worker decides what becomes of this one.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        code = 1
+        try:
+            os.setpgrp()
+            self._is_horse = True
+            self._horse_pid = os.getpid()
+            random.seed()
+            outcome = self._perform(message, attempt)
+            self.log.info("Worker %s: %s: %s", self.name, message.id, outcome)
+            code = 0
+        except BaseException:
+            logger.exception("%s was not performed", message.id)
+        finally:
+            with contextlib.suppress(Exception):
+                logging.shutdown()
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def _perform(self, message: Message, attempt: claims.Attempt | None) -> perform.Outcome:
+        if attempt is not None:
+            return perform.perform(attempt, self._guard)
+        gone_after = message.declared.timeout_seconds + claims.KILL_AFTER.total_seconds() + 10
+        return perform.perform_call(message, self.connection, gone_after, self._guard)
+
+    @contextlib.contextmanager
+    def _guard(self, declared: Declared, attempt: claims.Attempt | None = None) -> Iterator[None]:
+        """Around the job's own code: its time limit, and the heartbeat of a claimed row."""
+        heartbeat = claims.Heartbeat(attempt) if attempt is not None else contextlib.nullcontext()
+        with heartbeat, self.death_penalty_class(declared.timeout_seconds, JobTimeoutException):
+            yield
+
+    def _wait_for_child(self, message: Message) -> tuple[int, int, bool]:
+        """Wait until the child ends; return its pid, its wait status, and whether this worker killed it on demand."""
+        began = time.monotonic()
+        kill_after = message.declared.timeout_seconds + claims.KILL_AFTER.total_seconds()
+        was_killed = False
+        while True:
+            pid, status = os.waitpid(self._horse_pid, os.WNOHANG)
+            if pid:
+                return pid, status, was_killed
+            elapsed = time.monotonic() - began
+            if (self._kill_requested and not was_killed) or elapsed > kill_after:
+                was_killed = self._kill_requested
+                self.kill_horse()
+            with contextlib.suppress(RedisError):
+                self._announce(WorkerStatus.BUSY)
+            # Short for short work, so that waiting adds at most a twentieth.
+            time.sleep(min(0.05, max(0.0005, elapsed / 20)))
+
+    def _note_death(
+        self, message: Message, attempt: claims.Attempt | None, pid: int, status: int, was_killed: bool
+    ) -> None:
+        code = os.waitstatus_to_exitcode(status)
+        ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        evidence = f"Its process {ending}."
+        self.log.warning("Worker %s: %s: %s", self.name, message.id, evidence)
+        if code == claims.EXIT_LEASE_LOST:
+            return
+        try:
+            if attempt is None:
+                enqueue.retry_call(message, self.connection, message.declared.backoff.delay(1))
+            elif was_killed:
+                claims.release(attempt)
+            else:
+                claims.record_death(attempt, pid, evidence)
+        except Exception:
+            # Its lease will run out, and whoever takes the row next counts the crash.
+            self.log.exception("Worker %s: the death of %s could not be written down", self.name, message.id)
+        finally:
+            connections.close_all()
+
+    # --- Signals ------------------------------------------------------------------------------------------------------
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """Stop after the message in work. Only sets a flag: an exception could lose what was just popped."""
+        self._stop_requested = True
+        self._shutdown_requested_date = now()
+        signal.signal(signal.SIGINT, self.request_force_stop)
+        signal.signal(signal.SIGTERM, self.request_force_stop)
+
+    def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
+        """Stop at once: end the child and give its row back. A second signal within a second is taken for the first."""
+        if (now() - self._shutdown_requested_date).total_seconds() >= 1:
+            self._kill_requested = True

@@ -1,0 +1,24 @@
+"""The project's settings with the cast of jobs in tests/cast added, and intervals that a test can wait for.
+
+The recovery tests give real processes these settings too; what differs from test to test comes in by the environment.
+"""
+
+import json
+import os
+from datetime import timedelta
+
+from config.settings import *  # noqa: F403
+from config.settings import DATABASES, INSTALLED_APPS, JOBS
+
+INSTALLED_APPS = [*INSTALLED_APPS, "tests.cast"]
+SECRET_KEY = "for-tests-only"
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+# Durations in seconds, as in {"LEASE": 3}.
+JOBS = JOBS | {
+    name: timedelta(seconds=seconds) for name, seconds in json.loads(os.environ.get("TEST_JOBS", "{}")).items()
+}
+
+# A file, because the tests that race open it several times. Each test process gets one of its own.
+if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
+    DATABASES["default"]["TEST"] = {"NAME": str(DATABASES["default"]["NAME"]) + ".test"}
