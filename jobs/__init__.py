@@ -11,7 +11,7 @@ from jobs.exceptions import LeaseLost, NoLongerNeeded, QueueUnavailable
 from jobs.job import job
 from jobs.sweep import SweepResult, sweep
 
-__all__ = [
+__all__ = [  # noqa: RUF022  (grouped by use)
     # Declare
     "job",
     "sweep",

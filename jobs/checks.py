@@ -21,9 +21,11 @@ CLASSES = {
 @register("selfheal")
 def check_declarations(**kwargs: Any) -> list[CheckMessage]:
     """Every job and sweep, as declared in the apps' jobs modules."""
-    problems = [(each, id, sentence) for each in registry.declared() for id, sentence in each.problems()]
+    problems = [(each, number, sentence) for each in registry.declared() for number, sentence in each.problems()]
     problems += [(each, "E001", sentence) for each, sentence in registry.refused()]
-    return [Error(f"{each.origin}: {sentence}", obj=each, id=f"selfheal.{id}") for each, id, sentence in problems]
+    return [
+        Error(f"{each.origin}: {sentence}", obj=each, id=f"selfheal.{number}") for each, number, sentence in problems
+    ]
 
 
 @register("selfheal")

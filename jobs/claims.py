@@ -321,7 +321,7 @@ def write_run(*, holder: str, **values: Any) -> None:
 
 
 def held(job: str, model: type[Model], pks: list[str]) -> set[str]:
-    """Return those of the rows that a sweep must leave: leased by any job, or backing off or quarantined for this one."""
+    """Return those of the rows that a sweep must leave: leased by any job, backing off or quarantined for this one."""
     leased = Q(lease_key__isnull=False, lease_expires_at__gt=clock.now())
     set_aside = Q(job=job) & (Q(quarantined_at__isnull=False) | Q(next_attempt_at__gt=clock.now()))
     claims = _claims().filter(leased | set_aside, model=label(model), object_pk__in=pks)

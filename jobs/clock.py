@@ -47,7 +47,7 @@ def read() -> datetime:
 
 
 def timestamp() -> float:
-    """The same present in seconds since 1970, for the delayed set: only spreads work out, so this host's clock will do."""
+    """The same present in seconds since 1970, by this host's clock: good enough for the delayed set."""
     fixed = _fixed.get()
     return fixed.timestamp() if fixed else time.time()
 

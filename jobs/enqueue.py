@@ -11,19 +11,20 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from django.apps import apps
 from django.db import connections, transaction
 from django.db.models import Q
 from redis import Redis
-from redis.exceptions import RedisError, TimeoutError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from jobs import clock, queues, registry, switches
 from jobs.backoff import spread
 from jobs.conf import conf
 from jobs.exceptions import QueueUnavailable
-from jobs.message import Message, encode, pk_text
+from jobs.message import Message
 
 if TYPE_CHECKING:
     from jobs.job import Job
@@ -186,7 +187,7 @@ def start_call(message: Message, connection: Redis, gone_after: float) -> int:
 
     `gone_after` seconds from now its process is certainly gone: then the call is delivered again, unless it ended.
     """
-    release = message.declared.unique_until == "start"
+    release = cast("Job", message.declared).unique_until == "start"
     return int(
         connection.register_script(START)(
             keys=[queues.DELAYED_KEY, *_call_keys(message)],
@@ -270,7 +271,7 @@ def _waiting(job: Job, pks: list[str]) -> set[str]:
 
 
 def _call_keys(message: Message) -> tuple[str, str]:
-    job = message.declared
+    job = cast("Job", message.declared)
     return message.key, f"selfheal:unique:{job.name}:{job.digest(message.args, message.kwargs)}"
 
 
@@ -299,7 +300,7 @@ class _Hint:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        if isinstance(error, TimeoutError):
+        if isinstance(error, RedisTimeoutError):
             self._hanging_until[self.server] = time.monotonic() + 2 * conf.REDIS_TIMEOUT.total_seconds()
         if isinstance(error, RedisError):
             logger.warning("%s was not queued, its sweep will do so: Redis did not answer (%s)", self.name, error)

@@ -8,14 +8,14 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from django.apps import apps
 from django.db import router
 from django.db.models import Model, QuerySet
 
-from jobs import cron as cron_expressions
 from jobs import clock, enqueue, queues, registry
+from jobs import cron as cron_expressions
 from jobs.backoff import Backoff, spread
 from jobs.message import pk_text, pk_value, row_id
 
@@ -34,13 +34,8 @@ class Declared:
     """
 
     backoff = Backoff()
-    max_attempts: int | None = None
-    # Whether a row that cannot succeed is set aside for a person. A schedule is not: it comes due again.
-    quarantines = False
     # Whether each run that went well is kept in the history, or only those that did not.
     keeps_history = True
-    unique_for: timedelta | None = None
-    unique_until: str = "done"
 
     def __init__(
         self, function: Callable[..., Any], name: str | None, queue: str, timeout: timedelta | None, cron: str | None
@@ -50,7 +45,7 @@ class Declared:
         self.queue = queue
         self.timeout = timeout
         self.cron = cron
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(cast(Callable[..., Any], self), function)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -64,6 +59,16 @@ class Declared:
     def timeout_seconds(self) -> int:
         """After how many seconds an attempt is ended: its own time limit, or its queue's."""
         return math.ceil(self.timeout.total_seconds()) if self.timeout else queues.default_timeout(self.queue)
+
+    @property
+    def max_attempts(self) -> int | None:
+        """How many exceptions a row or call may raise before it is given up; None for ever."""
+        return None
+
+    @property
+    def quarantines(self) -> bool:
+        """Whether a row that is given up is set aside for a person. A schedule is not: it comes due again."""
+        return self.is_swept
 
     @property
     def is_scheduled(self) -> bool:
@@ -121,7 +126,7 @@ class Job(Declared):
         backoff: Backoff | None = None,
         cron: str | None = None,
         unique_for: timedelta | None = None,
-        unique_until: Literal["start", "done"] | None = None,
+        unique_until: str | None = None,
     ) -> None:
         super().__init__(function, name, queue, timeout, cron)
         self._max_attempts = max_attempts
@@ -138,18 +143,14 @@ class Job(Declared):
         return self.sweep is not None
 
     @property
-    def quarantines(self) -> bool:  # type: ignore[override]
-        return self.is_swept
-
-    @property
-    def max_attempts(self) -> int | None:  # type: ignore[override]
-        """How many exceptions a row or call may raise before it is given up; None for ever."""
+    def max_attempts(self) -> int | None:
         if self._max_attempts is BY_KIND:
             return None if self.is_swept else PLAIN_MAX_ATTEMPTS
         return self._max_attempts
 
     @property
-    def unique_until(self) -> str:  # type: ignore[override]
+    def unique_until(self) -> str:
+        """When the key that keeps out a second call is released."""
         return self._unique_until or "done"
 
     @property
@@ -257,7 +258,7 @@ class Job(Declared):
         yield from super().problems()
         if self._max_attempts is not BY_KIND and not (self._max_attempts is None or _is_count(self._max_attempts)):
             yield "E004", f"max_attempts is {self._max_attempts!r}; pass a number from 1, or None for no end."
-        if not isinstance(self.backoff, Backoff):
+        if not isinstance(cast(Any, self.backoff), Backoff):
             yield "E004", f"backoff is {self.backoff!r}; pass Backoff(first=..., cap=...)."
         elif not (_is_duration(self.backoff.first) and _is_duration(self.backoff.cap)):
             yield "E004", f"backoff is {self.backoff!r}; make first and cap timedeltas longer than zero."

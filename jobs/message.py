@@ -10,7 +10,7 @@ import json
 import math
 import re
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from django.core.exceptions import ValidationError
@@ -23,6 +23,8 @@ from jobs import registry
 
 if TYPE_CHECKING:
     from redis import Redis
+
+    from jobs.job import Declared
 
 # What a plain call's arguments may take up at most, unpacked. Redis may hold anything by the time we read it.
 MAX_CALL_BYTES = 1_000_000
@@ -67,14 +69,14 @@ def pk_value(model: type[Model], text: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class Message(Job):  # type: ignore[misc]
+class Message(Job):
     """rq's job, rebuilt from its id. It names work; it carries nothing that could be executed.
 
     `refresh` raises `NoSuchJobError` for whatever the project did not declare, so neither a worker nor a page that
     lists the queue will touch it.
     """
 
-    declared: registry.Declared
+    declared: Declared
     # The row's primary key as text; the schedule's name for a run of a schedule; None for a plain call.
     pk: str | None = None
     attempt: int = 0
@@ -130,7 +132,7 @@ class Message(Job):  # type: ignore[misc]
             raise NoSuchJobError("its arguments are gone from Redis")
         try:
             unpacker = zlib.decompressobj()
-            data = unpacker.decompress(stored[0], MAX_CALL_BYTES)
+            data = unpacker.decompress(cast(bytes, stored[0]), MAX_CALL_BYTES)
             name, instance, args, kwargs = json.loads(data)
             self.attempt = int(stored[1] or 0)
         except (zlib.error, ValueError, TypeError, RecursionError) as error:

@@ -91,7 +91,8 @@ def perform_call(message: Message, connection: Redis, gone_after: float, guard: 
             job.function(*message.args, **message.kwargs)
     except FAILURES as error:
         logger.exception("%s failed", message.description)
-        _write_down(lambda: _record_call(message, "failed", started_at, error))
+        failure = error
+        _write_down(lambda: _record_call(message, "failed", started_at, failure))
         if job.max_attempts is not None and attempt >= job.max_attempts:
             enqueue.end_call(message, connection)
         else:

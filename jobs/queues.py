@@ -29,7 +29,7 @@ logger = logging.getLogger("selfheal")
 DELAYED_KEY: str = RQScheduler.scheduled_jobs_key
 
 
-class Queue(DjangoRQ):  # type: ignore[misc]
+class Queue(DjangoRQ):
     """rq's queue, in which the id is the message. A worker on it refuses what the project did not declare."""
 
     # rq's base job class deletes ids that have no hash when a page merely lists them.
@@ -44,7 +44,7 @@ class Queue(DjangoRQ):  # type: ignore[misc]
         job_class: Any = None,
         serializer: Any = None,
         death_penalty_class: Any = None,
-    ) -> tuple[Message, Queue] | None:
+    ) -> Any:
         """Pop the next message of the first queue that has one, and return it with its queue.
 
         Waits up to `timeout` seconds, then raises `DequeueTimeout`; with None it does not wait and returns None when

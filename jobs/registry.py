@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING
 from django.utils.module_loading import autodiscover_modules
 
 if TYPE_CHECKING:
-    from jobs.job import Job
-    from jobs.sweep import Sweep
-
-    Declared = Job | Sweep
+    from jobs.job import Declared
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,79}")
 
@@ -27,8 +24,10 @@ def add(declared: Declared) -> None:
         _refused.append(
             (
                 declared,
-                f"{declared.origin} and {first.origin} are both named {declared.name!r}. "
-                "Names are unique in a project: rename one, or pass name=.",
+                (
+                    f"{first.origin} has its name, {declared.name!r}, already, and names are unique in a project. "
+                    "Rename one of them, or pass name=."
+                ),
             )
         )
         return

@@ -11,21 +11,26 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
 from django.db import close_old_connections, connections, router
-from django.db.models import F
+from django.db.models import F, Q
 from redis import Redis
+from redis.exceptions import ResponseError
 from rq_scheduler.scheduler import Scheduler as RQScheduler
 
-from jobs import clock, cron, enqueue, queues, registry, switches
+from jobs import claims, clock, cron, enqueue, queues, registry, switches
 from jobs.conf import conf
-from jobs.job import Declared
+from jobs.job import Declared, Job
 from jobs.message import Message
+
+if TYPE_CHECKING:
+    from jobs.models import ClaimQuerySet, Schedule
 
 logger = logging.getLogger("selfheal")
 
@@ -33,98 +38,118 @@ logger = logging.getLogger("selfheal")
 DUE_CLAIMS = 1000
 
 
+class _Errors:
+    """The errors of one tick. None of them keeps the rest of it from being done."""
+
+    def __init__(self) -> None:
+        self.met: list[Exception] = []
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.met.append(error)
+
+    def raise_met(self) -> None:
+        if len(self.met) == 1:
+            raise self.met[0]
+        if self.met:
+            raise ExceptionGroup("Several parts of a tick failed", self.met)
+
+
 def tick() -> list[str]:
     """Queue every run that is due or owed and every claim whose time has come; move what is due in the delayed set.
 
-    Returns the names of the schedules that were pushed. Each part is tried whatever becomes of the others; the first
-    error is raised at the end, when all that can be done is done.
+    Returns the names of the schedules that were pushed. What fails is raised at the end, when all that can be done is
+    done.
     """
-    errors: list[Exception] = []
+    errors = _Errors()
     pushed: list[str] = []
-
-    def attempt(part: Callable[[], Any]) -> None:
-        try:
-            part()
-        except Exception as error:
-            errors.append(error)
-
-    attempt(enqueue.move_due)
-    attempt(lambda: pushed.extend(_push_schedules(attempt)))
-    attempt(lambda: _push_claims(attempt))
-    if errors:
-        for error in errors[1:]:
-            logger.error("A tick met another error: %s", error)
-        raise errors[0]
+    with errors.kept():
+        enqueue.move_due()
+    with errors.kept():
+        _take_due(errors)
+    with errors.kept():
+        pushed = _push_owed(errors)
+    with errors.kept():
+        _push_claims(errors)
+    errors.raise_met()
     return pushed
 
 
-def _push_schedules(attempt: Callable[[Callable[[], Any]], None]) -> list[str]:
-    Schedule = apps.get_model("selfheal", "Schedule")
-    scheduled = {declared.name: declared for declared in registry.declared() if declared.is_scheduled}
+def _take_due(errors: _Errors) -> None:
+    """Take the schedules that are due. What is taken is owed from then on, whatever becomes of this process."""
     now = clock.read()
-    disabled = _disabled(scheduled.values())
-
+    disabled = _disabled(registry.declared())
     for schedule in _schedules():
-        if schedule.name in scheduled:
-            attempt(lambda schedule=schedule: _advance(schedule, scheduled[schedule.name], now, disabled))
+        declared = registry.get(schedule.name)
+        if declared is not None and declared.cron is not None:
+            with errors.kept():
+                _advance(schedule, schedule.cron or declared.cron, now, is_disabled=declared.name in disabled)
 
-    # Taken due or lost since: as long as a run is owed and nobody has claimed it, its message belongs in the queue.
-    owed = set(Schedule.objects.owed().filter(name__in=scheduled).values_list("name", flat=True)) - disabled
-    if owed:
-        owed -= set(apps.get_model("selfheal", "Claim").objects.filter(job__in=owed).values_list("job", flat=True))
+
+def _advance(schedule: Schedule, expression: str, now: datetime, is_disabled: bool) -> None:
+    """Set when the schedule is due next, and owe a run if it is due now; one that is switched off lets it pass.
+
+    Of those who try at the same moment one succeeds: the statement asks again for what was read.
+    """
+    following = cron.next_time(expression, now)
+    changes: dict[str, Any] = {"next_run_at": following}
+    if schedule.next_run_at is not None and schedule.next_run_at <= now:
+        if not is_disabled:
+            changes["last_enqueued_at"] = now
+    elif schedule.next_run_at == following:
+        return
+    # Otherwise it is new, or its cron has changed.
+    as_read = Q(next_run_at=schedule.next_run_at) if schedule.next_run_at else Q(next_run_at__isnull=True)
+    type(schedule).objects.filter(as_read, pk=schedule.pk).update(**changes)
+
+
+def _push_owed(errors: _Errors) -> list[str]:
+    """Queue each run that is owed and that nobody has claimed, unless it is queued; return the names pushed.
+
+    Just taken or lost since: there is no need to know.
+    """
+    declared = {each.name: each for each in registry.declared() if each.is_scheduled}
+    Schedule = apps.get_model("selfheal", "Schedule")
+    owed = set(Schedule.objects.owed().filter(name__in=declared).values_list("name", flat=True))
+    if not owed:
+        return []
+    claimed = apps.get_model("selfheal", "Claim").objects.filter(model=claims.label(Schedule), job__in=owed)
     pushed = []
-    for name in sorted(owed):
-
-        def push(name: str = name) -> None:
-            if enqueue.push_id(queues.get(scheduled[name].queue), name):
+    for name in sorted(owed - _disabled(declared.values()) - set(claimed.values_list("job", flat=True))):
+        # A list that is broken in itself is no reason to leave the others; a Redis that is away is.
+        try:
+            if enqueue.push_id(queues.get(declared[name].queue), name):
                 pushed.append(name)
-
-        attempt(push)
+        except ResponseError as error:
+            errors.met.append(error)
     return pushed
 
 
-def _advance(schedule: Any, declared: Declared, now: datetime, disabled: set[str]) -> None:
-    """Take a schedule that is due, and set when it is due next.
-
-    Only one of those who try at the same moment succeeds. What it takes is owed from then on, so that nothing is lost
-    when it dies before it has pushed. A schedule that is switched off passes its time by.
-    """
-    following = cron.next_time(schedule.cron or declared.cron, now)
-    if schedule.next_run_at is not None and schedule.next_run_at <= now:
-        owed = {} if schedule.name in disabled else {"last_enqueued_at": now}
-    elif schedule.next_run_at != following:
-        # New, or its cron has changed.
-        owed = {}
-    else:
-        return
-    same = type(schedule).objects.filter(pk=schedule.pk, next_run_at=schedule.next_run_at)
-    if schedule.next_run_at is None:
-        same = type(schedule).objects.filter(pk=schedule.pk, next_run_at__isnull=True)
-    same.update(next_run_at=following, **owed)
-
-
-def _push_claims(attempt: Callable[[Callable[[], Any]], None]) -> None:
+def _push_claims(errors: _Errors) -> None:
     """Queue the claims that are backing off no longer, or whose process has died."""
     due = apps.get_model("selfheal", "Claim").objects.due().order_by(F("next_attempt_at").asc(nulls_first=True))
-    if not due.exists():
+    names = set(due.order_by().values_list("job", flat=True).distinct())
+    if not names:
         return
-    declared = registry.declared()
+    declared = [each for name in sorted(names) if (each := registry.get(name)) is not None]
     disabled = _disabled(declared)
     for each in declared:
         if each.name not in disabled:
-            attempt(lambda each=each: _push_claims_of(each, due))
+            with errors.kept():
+                _push_claims_of(each, due)
 
 
-def _push_claims_of(declared: Declared, due: Any) -> None:
-    pks = list(due.filter(job=declared.name).values_list("object_pk", flat=True)[:DUE_CLAIMS])
-    if not pks:
-        return
+def _push_claims_of(declared: Declared, due: ClaimQuerySet) -> None:
     queue = queues.get(declared.queue)
-    if not declared.is_swept:
+    if not (isinstance(declared, Job) and declared.is_swept):
         enqueue.push_id(queue, declared.name)
         return
     room = declared.limit - queue.count
     queued = enqueue.queued_ids(queue, declared.name)
+    pks = due.filter(job=declared.name).values_list("object_pk", flat=True)[:DUE_CLAIMS]
     ids = [id for pk in pks if (id := declared.id_of(pk).encode()) not in queued]
     enqueue.push_ids(queue, ids[: max(room, 0)])
 
@@ -139,7 +164,7 @@ def _disabled(declared: Iterable[Declared]) -> set[str]:
     return {name for switch in switches.disabled(named) for name in named[switch]}
 
 
-def _schedules(using: str | None = None) -> list[Any]:
+def _schedules(using: str | None = None) -> list[Schedule]:
     """Return the schedules of all that is declared, after creating those that are missing."""
     Schedule = apps.get_model("selfheal", "Schedule")
     names = [declared.name for declared in registry.declared()]
@@ -161,7 +186,7 @@ def on_migrate(using: str, **kwargs: Any) -> None:
     )
 
 
-class Scheduler(RQScheduler):  # type: ignore[misc]
+class Scheduler(RQScheduler):
     """The process behind `manage.py rqscheduler`: a tick every `TICK`, whatever `--interval` says.
 
     It outlives Redis and the database: while one of them is away it says so once, and goes on trying.

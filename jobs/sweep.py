@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from django.apps import apps
 from django.db import DatabaseError, router
@@ -35,8 +35,6 @@ class Sweep(Declared):
     """A scheduled job that queues another job for every row which needs it. Calling it returns its queryset."""
 
     keeps_history = False
-    # It comes due again within its interval; to back off would only delay that.
-    max_attempts = 1
 
     def __init__(
         self,
@@ -60,6 +58,11 @@ class Sweep(Declared):
     def __call__(self) -> Any:
         return self.function()
 
+    @property
+    def max_attempts(self) -> int:
+        """One: it comes due again within its interval, and to back off would only delay that."""
+        return 1
+
     @cached_property
     def fed_model(self) -> type[Model]:
         """The model of the rows that it finds."""
@@ -77,11 +80,11 @@ class Sweep(Declared):
         query = found.query
         if query.is_sliced or query.combinator:
             raise Misconfigured(
-                f"{self.name} returned a queryset that cannot be filtered any further, because it is "
-                f"{'sliced' if query.is_sliced else 'a ' + query.combinator}; "
+                f"{self.name} returned a queryset that cannot be filtered any further, because it is a "
+                f"{query.combinator or 'slice'}; "
                 "combine with | instead, and bound it with limit=."
             )
-        if not issubclass(found._iterable_class, ModelIterable):  # type: ignore[attr-defined]
+        if not issubclass(found._iterable_class, ModelIterable):
             raise Misconfigured(f"{self.name} returned values; return a queryset of the rows themselves.")
         # A replica may not have heard of the row's last change, and the row is the truth.
         return found if found._db else found.using(router.db_for_write(found.model))  # type: ignore[attr-defined]
@@ -115,7 +118,7 @@ class Sweep(Declared):
         enqueued = already_queued = waiting = 0
         for batch in enqueue.batches(map(pk_text, pks), self.batch_size):
             held = claims.held(self.job.name, rows.model, batch) if unsettled else set()
-            new = []
+            new: list[bytes] = []
             for pk in dict.fromkeys(batch):
                 id = self.job.id_of(pk).encode()
                 if id in queued:
@@ -143,9 +146,6 @@ class Sweep(Declared):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
-        if not isinstance(self.job, Job):
-            yield "E006", f"@sweep takes the job that it feeds, not {self.job!r}."
-            return
         if self.job.sweep is not self:
             yield "E006", f"{self.job.name} already has a sweep, {self.job.sweep}; combine their querysets with |."
         if not isinstance(self.cron, str):
@@ -176,9 +176,12 @@ def sweep(job: Job, *, cron: str, **options: Any) -> Callable[[Callable[[], Quer
     `batch_size` rows are pushed at a time, and about `limit` of its jobs are queued at once. `jitter` spreads them out.
     """
 
+    if not isinstance(cast(Any, job), Job):
+        raise TypeError(f"@sweep takes the job that it feeds, declared with @job, not {job!r}.")
+
     def declare(function: Callable[[], QuerySet[Any]]) -> Sweep:
         declared = Sweep(function, job, cron=cron, **options)
-        if isinstance(job, Job) and job.sweep is None:
+        if job.sweep is None:
             job.sweep = declared
         registry.add(declared)
         return declared

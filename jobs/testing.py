@@ -1,7 +1,7 @@
 """Helpers for the tests of projects that declare jobs.
 
-`perform` needs no Redis and works inside a TestCase. `tick` and `drain` do what the scheduler and the workers do, in this
-process, with the Redis in RQ_QUEUES.
+`perform` needs no Redis and works inside a TestCase. `tick` and `drain` do what the scheduler and the workers do, in
+this process, with the Redis in RQ_QUEUES.
 """
 
 from __future__ import annotations

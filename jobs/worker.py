@@ -41,7 +41,7 @@ SOCKET_SECONDS = DEQUEUE_SECONDS + 8
 LONGEST_RETRY_SECONDS = 5.0
 
 
-class Worker(RQWorker):  # type: ignore[misc]
+class Worker(RQWorker):
     """rq's worker without what it keeps about each job in Redis: claims and runs are rows in the database."""
 
     queue_class = queues.Queue
@@ -116,11 +116,12 @@ class Worker(RQWorker):  # type: ignore[misc]
         if is_suspended(self.connection, self):
             self._pause(1.0)
             return None
+        popped: tuple[Message, Any] | None = None
         with contextlib.suppress(DequeueTimeout):
-            return self.queue_class.dequeue_any(
+            popped = queues.Queue.dequeue_any(
                 self._ordered_queues, None if burst else DEQUEUE_SECONDS, connection=self.connection
             )
-        return None
+        return popped
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -128,7 +129,7 @@ class Worker(RQWorker):  # type: ignore[misc]
             time.sleep(0.1)
 
     def _announce(self, state: str) -> None:
-        """Register with Redis, at most once per heartbeat: rq's pages and commands list it, nothing here relies on it."""
+        """Register with Redis, at most once per heartbeat, for rq's pages and commands; nothing here relies on it."""
         if self._announced_at is not None and time.monotonic() - self._announced_at < conf.HEARTBEAT.total_seconds():
             return
         self._state = state
@@ -144,7 +145,7 @@ class Worker(RQWorker):  # type: ignore[misc]
 
     # --- One message --------------------------------------------------------------------------------------------------
 
-    def execute_job(self, message: Message, queue: Any) -> None:
+    def execute_job(self, message: Message, queue: Any) -> None:  # type: ignore[override]
         """Perform one message in a child, watch it, and write down how it died, if it did."""
         self.log.info("Worker %s: %s: %s", self.name, queue.name, message.id)
         message.worker_name = self.name
@@ -250,5 +251,6 @@ class Worker(RQWorker):  # type: ignore[misc]
 
     def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
         """Stop at once: end the child and give its row back. A second signal within a second is taken for the first."""
+        assert self._shutdown_requested_date is not None
         if (now() - self._shutdown_requested_date).total_seconds() >= 1:
             self._kill_requested = True
