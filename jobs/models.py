@@ -89,12 +89,13 @@ class ClaimQuerySet(models.QuerySet["Claim"]):
         """Those of one job on the rows whose primary keys, as text, are given."""
         return self.filter(job=job, object_pk__in=pks)
 
-    def release(self) -> int:
-        """Let the rows be attempted again at once, from the first attempt: out of quarantine, out of backing off.
+    def queue_now(self) -> int:
+        """End the backing off: the next tick queues these rows. Returns how many; quarantined ones stay as they are."""
+        return self.filter(lease_key__isnull=True, quarantined_at__isnull=True).update(next_attempt_at=None)
 
-        Leases are left alone. Returns how many claims that were.
-        """
-        return self.filter(lease_key__isnull=True).update(
+    def release(self) -> int:
+        """Let quarantined rows be attempted again at once, as if for the first time. Returns how many those were."""
+        return self.filter(quarantined_at__isnull=False).update(
             quarantined_at=None, next_attempt_at=None, attempts=0, crashes=0, deaths=0
         )
 
