@@ -40,7 +40,6 @@ def parse_port() -> int:
 
 
 def run(port: int) -> None:
-    refuse_taken(port)
     own_redis = None
     if not (redis_url := running_redis()):
         own_redis = RedisServer(HOME / "redis")
@@ -50,6 +49,8 @@ def run(port: int) -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
     with Supervisor(HOME) as stack, ExitStack() as servers:
+        # Only now: a web server that a killed run left behind has been ended.
+        refuse_taken(port)
         if own_redis:
             servers.enter_context(own_redis)
         print(f"Redis     {redis_url} ({'started for this run' if own_redis else 'found running'})")

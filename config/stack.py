@@ -96,7 +96,8 @@ class Supervisor:
         self._resources = ExitStack()
 
     def __enter__(self) -> Self:
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.logs.mkdir(exist_ok=True)
         self._lock(self._resources.enter_context((self.folder / "stack.lock").open("a+")))
         self._end_marked()
         return self
@@ -195,6 +196,6 @@ class Supervisor:
 
     def _is_marked(self, process: psutil.Process) -> bool:
         try:
-            return process.pid != os.getpid() and process.environ().get(MARK) == str(self.folder)
+            return process.pid != os.getpid() and bool(process.environ().get(MARK) == str(self.folder))
         except (psutil.Error, OSError):
             return False

@@ -1,7 +1,6 @@
 """Databases in the admin: ask for one, see how it fares, have it deleted. No row is ever deleted here."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 from django.contrib import admin, messages
@@ -32,12 +31,12 @@ class DatabaseAdmin(admin.ModelAdmin):
     def file_size(self, database: Database) -> str | None:
         return None if database.size is None else filesizeformat(database.size)
 
-    def get_fields(self, request: HttpRequest, obj: Database | None = None) -> Sequence[str]:
+    def get_fields(self, request: HttpRequest, obj: Database | None = None) -> list[Any]:
         if obj is None:
             return ["name", "owner"]
         return ["name", "owner", "state", "path", "file_size", "created_at", "ready_at", "deleted_at"]
 
-    def get_readonly_fields(self, request: HttpRequest, obj: Database | None = None) -> Sequence[str]:
+    def get_readonly_fields(self, request: HttpRequest, obj: Database | None = None) -> list[str]:
         return [] if obj is None else [field for field in self.get_fields(request, obj) if field != "owner"]
 
     def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
@@ -72,7 +71,7 @@ class DatabaseAdmin(admin.ModelAdmin):
         """The page behind the button of one database: asks on GET, does it on POST."""
         if not self.has_request_deletion_permission(request):
             raise PermissionDenied
-        chosen = self.get_queryset(request).filter(pk=pk)
+        chosen = Database.objects.filter(pk=pk)
         get_object_or_404(chosen)
         back = reverse("admin:databases_database_change", args=[pk])
         if request.method != "POST":
@@ -105,7 +104,7 @@ class DatabaseAdmin(admin.ModelAdmin):
 
         # By key: the list that they were chosen from may be filtered by the state that this changes.
         rows = Database.objects.filter(pk__in=[database.pk for database in asked])
-        LogEntry.objects.log_actions(request.user.pk, asked, CHANGE, "Asked for its deletion.")
+        LogEntry.objects.log_actions(str(request.user.pk), asked, CHANGE, "Asked for its deletion.")
         request_deletions(rows)
 
         for databases, said, level in (

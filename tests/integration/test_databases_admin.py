@@ -1,14 +1,14 @@
 """The admin pages of databases, asked as a browser asks; what they push is looked at in a real Redis."""
 
+from collections.abc import Callable
+
 import pytest
-import redis
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth import get_user_model
 from django.contrib.auth.models import Permission
 from django.contrib.messages import get_messages
 from django.urls import reverse
 
-from config.servers import RedisServer
 from databases.models import Database
 from databases.provisioners import Provisioned
 
@@ -19,25 +19,10 @@ CHANGELIST = "admin:databases_database_changelist"
 ADD = "admin:databases_database_add"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def queue(server, settings):
-    """The list of the queue, as (job, row) pairs."""
-    server.thaw()
-    server.start()
-    server.flush()
-    settings.RQ_QUEUES = {name: {"URL": server.url} for name in ("urgent", "default", "background")}
-
-    def queue() -> list[str]:
-        with redis.Redis.from_url(server.url, decode_responses=True) as connection:
-            return connection.lrange("rq:queue:default", 0, -1)
-
-    return queue
+@pytest.fixture
+def queue(redis) -> Callable[[], list[str]]:
+    """What is in the queue, by its ids."""
+    return lambda: [id.decode() for id in redis.lrange("rq:queue:default", 0, -1)]
 
 
 @pytest.fixture
@@ -92,8 +77,8 @@ def test_a_bad_or_used_name_is_refused_on_the_page(admin_client, admin_user, mak
 
 
 @pytest.mark.parametrize("outage", ["freeze", "kill"])
-def test_adding_one_succeeds_while_redis_is_away(admin_client, admin_user, committing, server, outage):
-    getattr(server, outage)()
+def test_adding_one_succeeds_while_redis_is_away(admin_client, admin_user, committing, redis_server, outage):
+    getattr(redis_server, outage)()
     with committing():
         response = admin_client.post(reverse(ADD), {"name": "shop", "owner": admin_user.pk})
     assert response.status_code == 302
