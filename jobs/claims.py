@@ -46,6 +46,9 @@ Refusal = Literal["busy", "waiting", "quarantined"]
 SEEN_DEATHS = 3
 UNSEEN_DEATHS = 10
 
+# What a claim looks like that nobody holds.
+UNHELD: dict[str, Any] = {"lease_key": None, "token": "", "leased_at": None, "lease_expires_at": None, "holder": ""}
+
 # How a process ends that lost its lease or could not renew it. Says nothing about the row, so nothing is counted.
 EXIT_LEASE_LOST = 75
 # How long past its time limit an attempt may go on before its process ends itself, and before its worker ends it.
@@ -112,6 +115,7 @@ def take(attempt: Attempt) -> Claim | Refusal:
     lease = {
         "token": attempt.token,
         "lease_key": attempt.lease_key,
+        "leased_at": clock.now(),
         "lease_expires_at": clock.now(conf.LEASE),
         "holder": holder(attempt.worker),
     }
@@ -124,14 +128,17 @@ def take(attempt: Attempt) -> Claim | Refusal:
     for dead in _claims().filter(lease_key=attempt.lease_key, lease_expires_at__lte=clock.now()):
         expire(dead)
     mine = _claims().filter(**identity)
-    if not mine.exists():
+    known = mine.first()
+    if known is None:
         # Another job had the lease; if it is gone by now, ours is a fresh claim after all.
         _insert(**identity, **lease)
+    elif known.crashes >= UNSEEN_DEATHS and attempt.declared.quarantines and not known.quarantined_at:
+        mine.filter(quarantined_at__isnull=True, lease_key__isnull=True).update(quarantined_at=clock.now())
+        _alarm(attempt, known.last_error or "its process died again and again")
     else:
-        _quarantine_crashing(attempt, mine)
         # A competing job may take the row's lease between our look and our update: its unique key then refuses us.
         with contextlib.suppress(IntegrityError), transaction.atomic(_database()):
-            mine.due().filter(lease_key__isnull=True).update(**{**lease, "lease_expires_at": clock.now(conf.LEASE)})
+            mine.due().filter(lease_key__isnull=True).update(**lease)
     if claim := _claims().filter(token=attempt.token).first():
         return _begin(attempt, claim)
     return _refusal(mine)
@@ -143,8 +150,7 @@ def _insert(**values: Any) -> None:
 
 
 def _begin(attempt: Attempt, claim: Claim) -> Claim:
-    assert claim.lease_expires_at is not None
-    attempt.started_at = claim.lease_expires_at - conf.LEASE
+    attempt.started_at = claim.leased_at
     return claim
 
 
@@ -158,21 +164,17 @@ def _refusal(mine: ClaimQuerySet) -> Refusal:
 
 def expire(claim: Claim) -> None:
     """Free the lease of a process that stopped renewing it, count its crash, and write down what is known of it."""
-    freed = (
-        _claims()
-        .filter(pk=claim.pk, token=claim.token, lease_expires_at__lte=clock.now())
-        .update(lease_key=None, token="", lease_expires_at=None, crashes=F("crashes") + 1)
-    )
-    if freed:
-        renewed_at = claim.lease_expires_at and claim.lease_expires_at - conf.LEASE
-        error = f"Its process stopped renewing the lease. Last renewed {renewed_at}, by {claim.holder}."
-        _record_of(claim, "crashed", error, claim.holder)
-        logger.warning("%s: %s", claim, error)
+    renewed_at = claim.lease_expires_at and claim.lease_expires_at - conf.LEASE
+    evidence = f"Its process stopped renewing the lease. Last renewed at {renewed_at}, by {claim.holder}."
+    expired = _claims().filter(pk=claim.pk, token=claim.token, lease_expires_at__lte=clock.now())
+    with transaction.atomic(_database()):
+        if expired.update(**UNHELD, crashes=F("crashes") + 1, last_error=evidence):
+            _record_of(claim, "crashed", evidence)
+            logger.warning("%s: %s", claim, evidence)
 
 
-def _quarantine_crashing(attempt: Attempt, mine: ClaimQuerySet) -> None:
-    if attempt.declared.quarantines:
-        mine.filter(crashes__gte=UNSEEN_DEATHS, quarantined_at__isnull=True).update(quarantined_at=clock.now())
+def _alarm(attempt: Attempt, error: str) -> None:
+    logger.error("%s is quarantined until somebody releases it: %s", attempt.work, error)
 
 
 # --- Ending -----------------------------------------------------------------------------------------------------------
@@ -242,8 +244,10 @@ def _set_back(
     elif give_up and not attempt.declared.quarantines:
         _end(attempt)
         attempt.declared.finish(outcome, {})
-    else:
-        _give_back(attempt, last_error=error, quarantined_at=clock.now() if give_up else None, **counted)
+    elif not _give_back(attempt, last_error=error, quarantined_at=clock.now() if give_up else None, **counted):
+        raise LeaseLost(attempt.work)
+    elif give_up:
+        _alarm(attempt, error)
 
 
 def release(attempt: Attempt) -> None:
@@ -265,7 +269,7 @@ def resolve(job: str, rows: QuerySet[Any]) -> int:
     resolved, last = 0, 0
     while batch := list(unleased.filter(pk__gt=last)[:1000]):
         last = batch[-1].pk
-        needed = set(map(pk_text, _matching(rows, batch).values_list("pk", flat=True)))
+        needed = _needed(rows, batch)
         for claim in batch:
             if claim.object_pk in needed:
                 continue
@@ -276,8 +280,14 @@ def resolve(job: str, rows: QuerySet[Any]) -> int:
     return resolved
 
 
-def _matching(rows: QuerySet[Any], claims: list[Claim]) -> QuerySet[Any]:
-    return rows.filter(pk__in=[pk_value(rows.model, claim.object_pk) for claim in claims])
+def _needed(rows: QuerySet[Any], claims: list[Claim]) -> set[str]:
+    """Return the primary keys of those claimed rows that the queryset still matches."""
+    pks = []
+    for claim in claims:
+        # One that cannot be a primary key of this model is from before the model changed.
+        with contextlib.suppress(ValueError):
+            pks.append(pk_value(rows.model, claim.object_pk))
+    return set(map(pk_text, rows.filter(pk__in=pks).values_list("pk", flat=True)))
 
 
 def _end(attempt: Attempt) -> None:
@@ -285,9 +295,8 @@ def _end(attempt: Attempt) -> None:
         raise LeaseLost(attempt.work)
 
 
-def _give_back(attempt: Attempt, **changes: Any) -> None:
-    mine = _claims().filter(token=attempt.token)
-    mine.update(lease_key=None, token="", lease_expires_at=None, holder="", **changes)
+def _give_back(attempt: Attempt, **changes: Any) -> bool:
+    return bool(_claims().filter(token=attempt.token).update(**UNHELD, **changes))
 
 
 def _record(attempt: Attempt, outcome: str, error: str = "", traceback: str = "", pid: int | None = None) -> None:
@@ -303,9 +312,16 @@ def _record(attempt: Attempt, outcome: str, error: str = "", traceback: str = ""
     )
 
 
-def _record_of(claim: Claim, outcome: str, error: str, holder: str = "") -> None:
-    identity = {"job": claim.job, "model": claim.model, "object_pk": claim.object_pk}
-    write_run(outcome=outcome, error=error, holder=holder, **identity)
+def _record_of(claim: Claim, outcome: str, error: str) -> None:
+    write_run(
+        job=claim.job,
+        model=claim.model,
+        object_pk=claim.object_pk,
+        outcome=outcome,
+        error=error,
+        holder=claim.holder,
+        started_at=claim.leased_at,
+    )
 
 
 def write_run(*, holder: str, **values: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -45,7 +46,7 @@ class Declared:
         self.queue = queue
         self.timeout = timeout
         self.cron = cron
-        functools.update_wrapper(cast(Callable[..., Any], self), function)
+        functools.update_wrapper(cast(Callable[..., Any], self), function, updated=())
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -69,6 +70,11 @@ class Declared:
     def quarantines(self) -> bool:
         """Whether a row that is given up is set aside for a person. A schedule is not: it comes due again."""
         return self.is_swept
+
+    @property
+    def switches(self) -> set[str]:
+        """The names whose switches stop it."""
+        return {self.name}
 
     @property
     def is_scheduled(self) -> bool:
@@ -101,6 +107,8 @@ class Declared:
         """Yield the check id of each thing that cannot work, and a sentence that says what to do."""
         if not (isinstance(self.name, str) and registry.NAME.fullmatch(self.name)):
             yield "E005", f"The name {self.name!r} must be letters, digits and underscores, at most 80 of them."
+        if inspect.iscoroutinefunction(self.function):
+            yield "E004", "It is a coroutine function, which would never be awaited; wrap it in async_to_sync."
         if self.queue not in queues.names():
             yield "E003", f"There is no queue {self.queue!r} in RQ_QUEUES; add it there or pass another queue=."
         if self.cron is not None and (problem := cron_expressions.problem(self.cron)):

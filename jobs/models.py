@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.core.exceptions import ValidationError
-from django.db import models
+from django.db import models, router
 from django.db.models import F, Q
 from django.utils.translation import gettext_lazy as _
 
@@ -13,6 +13,14 @@ from jobs import clock, cron
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+class PrimaryManager(models.Manager):
+    """Reads from the database that is written to. A replica would be asked who holds a row, and answer the past."""
+
+    def get_queryset(self) -> models.QuerySet[Any]:
+        queryset = super().get_queryset()
+        return queryset.using(self._db or router.db_for_write(self.model))
 
 
 class ScheduleQuerySet(models.QuerySet["Schedule"]):
@@ -59,7 +67,7 @@ class Schedule(models.Model):
     already_queued = models.PositiveIntegerField(_("already queued"), default=0, editable=False)
     waiting = models.PositiveIntegerField(_("waiting"), default=0, editable=False)
 
-    objects = ScheduleQuerySet.as_manager()
+    objects = PrimaryManager.from_queryset(ScheduleQuerySet)()
 
     class Meta:
         verbose_name = _("schedule")
@@ -111,6 +119,7 @@ class Claim(models.Model):
     object_pk = models.TextField(_("row"))
     lease_key = models.CharField(_("lease"), max_length=250, null=True, unique=True)  # noqa: DJ001  (NULLs are not equal)
     token = models.CharField(max_length=32, blank=True, db_index=True)
+    leased_at = models.DateTimeField(_("leased since"), null=True)
     lease_expires_at = models.DateTimeField(_("leased until"), null=True)
     holder = models.CharField(_("held by"), max_length=250, blank=True)
     attempts = models.PositiveIntegerField(_("failed attempts"), default=0)
@@ -121,7 +130,7 @@ class Claim(models.Model):
     quarantined_at = models.DateTimeField(_("quarantined"), null=True)
     first_claimed_at = models.DateTimeField(_("first claimed"))
 
-    objects = ClaimQuerySet.as_manager()
+    objects = PrimaryManager.from_queryset(ClaimQuerySet)()
 
     class Meta:
         verbose_name = _("claim")

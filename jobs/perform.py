@@ -50,7 +50,7 @@ def perform(attempt: Attempt, guard: Guard = unguarded) -> Outcome:
     `guard` is entered around the job's own code: in a worker, a time limit and a heartbeat.
     """
     declared = attempt.declared
-    if _is_disabled(declared):
+    if switches.disabled(declared.switches):
         return "disabled"
     claim = claims.take(attempt)
     if isinstance(claim, str):
@@ -77,7 +77,7 @@ def perform(attempt: Attempt, guard: Guard = unguarded) -> Outcome:
 def perform_call(message: Message, connection: Redis, gone_after: float, guard: Guard = unguarded) -> Outcome:
     """Do a plain call. A failure delivers it again after its backoff, until its attempts are used up."""
     job = message.declared
-    if job.is_scheduled and _is_disabled(job):
+    if job.is_scheduled and switches.disabled(job.switches):
         enqueue.end_call(message, connection)
         return "disabled"
     attempt = enqueue.start_call(message, connection, gone_after)
@@ -101,13 +101,6 @@ def perform_call(message: Message, connection: Redis, gone_after: float, guard: 
     enqueue.end_call(message, connection)
     _write_down(lambda: _record_call(message, "done", started_at))
     return "done"
-
-
-def _is_disabled(declared: Declared) -> bool:
-    names = [declared.name]
-    if (job := getattr(declared, "job", None)) is not None:
-        names.append(job.name)
-    return bool(switches.disabled(names))
 
 
 def _read(rows: QuerySet[Any], pk: str) -> Any:

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -156,12 +155,9 @@ def _push_claims_of(declared: Declared, due: ClaimQuerySet) -> None:
 
 def _disabled(declared: Iterable[Declared]) -> set[str]:
     """Return the names that must not be pushed: their own switch is on, or that of the job which a sweep feeds."""
-    named: dict[str, set[str]] = defaultdict(set)
-    for each in declared:
-        named[each.name].add(each.name)
-        if (job := getattr(each, "job", None)) is not None:
-            named[job.name].add(each.name)
-    return {name for switch in switches.disabled(named) for name in named[switch]}
+    declared = list(declared)
+    on = switches.disabled({name for each in declared for name in each.switches})
+    return {each.name for each in declared if each.switches & on}
 
 
 def _schedules(using: str | None = None) -> list[Schedule]:

@@ -59,6 +59,11 @@ class Sweep(Declared):
         return self.function()
 
     @property
+    def switches(self) -> set[str]:
+        """Its own, and that of the job which it feeds."""
+        return {self.name, self.job.name}
+
+    @property
     def max_attempts(self) -> int:
         """One: it comes due again within its interval, and to back off would only delay that."""
         return 1
@@ -96,7 +101,7 @@ class Sweep(Declared):
         Unleased claims whose row needs nothing any more are settled. With `dry_run` it only counts. Switched off, it
         does neither. Raises `QueueUnavailable` when Redis does not answer.
         """
-        if switches.disabled([self.name, self.job.name]) and not dry_run:
+        if not dry_run and switches.disabled(self.switches):
             return SweepResult()
         rows = self.queryset()
         if not dry_run:

@@ -15,7 +15,9 @@ PREFIX = "disable_"
 def disabled(names: Iterable[str]) -> set[str]:
     """Return those of the names whose switch is on, in one query. A missing switch means enabled."""
     wanted = {PREFIX + name for name in names}
-    on = get_waffle_switch_model().objects.filter(name__in=wanted, active=True).values_list("name", flat=True)
+    Switch = get_waffle_switch_model()
+    primary = Switch.objects.using(router.db_for_write(Switch))
+    on = primary.filter(name__in=wanted, active=True).values_list("name", flat=True)
     return {name.removeprefix(PREFIX) for name in on}
 
 

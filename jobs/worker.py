@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from django.db import connections
+from django.db import InterfaceError, OperationalError, connections
 from redis.exceptions import RedisError
 from rq import worker_registration
 from rq.exceptions import DequeueTimeout
@@ -39,6 +39,8 @@ DEQUEUE_SECONDS = 2
 # How long Redis may leave a command unanswered before the worker gives up on that connection.
 SOCKET_SECONDS = DEQUEUE_SECONDS + 8
 LONGEST_RETRY_SECONDS = 5.0
+# How a child ends that could not ask the database about its row.
+EXIT_NO_DATABASE = 69
 
 
 class Worker(RQWorker):
@@ -178,6 +180,9 @@ class Worker(RQWorker):
             outcome = self._perform(message, attempt)
             self.log.info("Worker %s: %s: %s", self.name, message.id, outcome)
             code = 0
+        except (OperationalError, InterfaceError) as error:
+            self.log.warning("Worker %s: %s: the database does not answer (%s)", self.name, message.id, error)
+            code = EXIT_NO_DATABASE
         except BaseException:
             logger.exception("%s was not performed", message.id)
         finally:
@@ -226,6 +231,10 @@ class Worker(RQWorker):
         evidence = f"Its process {ending}."
         self.log.warning("Worker %s: %s: %s", self.name, message.id, evidence)
         if code == claims.EXIT_LEASE_LOST:
+            return
+        if code == EXIT_NO_DATABASE and attempt is not None:
+            # The next message would meet the same; what is in the queue had better stay there.
+            self._pause(LONGEST_RETRY_SECONDS)
             return
         try:
             if attempt is None:
