@@ -255,9 +255,9 @@ def release(attempt: Attempt) -> None:
     _give_back(attempt)
 
 
-def record_loss(attempt: Attempt, error: LeaseLost) -> None:
+def record_loss(attempt: Attempt, reason: str) -> None:
     """Write down that an attempt found its lease gone. The claim is somebody else's, and stays as it is."""
-    _record(attempt, "lost", error=str(error))
+    _record(attempt, "lost", error=reason)
 
 
 def resolve(job: str, rows: QuerySet[Any]) -> int:

@@ -8,7 +8,8 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from django.db import InterfaceError, OperationalError, connections
 from django.db.models import QuerySet
@@ -18,8 +19,11 @@ from jobs import claims, clock, enqueue, switches
 from jobs.claims import Attempt
 from jobs.conf import conf
 from jobs.exceptions import LeaseLost, NoLongerNeeded
-from jobs.job import Declared
+from jobs.job import Declared, Job
 from jobs.message import Message, pk_value
+
+if TYPE_CHECKING:
+    from jobs.models import Claim
 
 logger = logging.getLogger("selfheal")
 
@@ -56,27 +60,38 @@ def perform(attempt: Attempt, guard: Guard = unguarded) -> Outcome:
     if isinstance(claim, str):
         return claim
     try:
+        return _work(attempt, claim, guard)
+    except LeaseLost as lost:
+        reason = str(lost)
+        logger.warning(reason)
+        _write_down(lambda: claims.record_loss(attempt, reason))
+        return "busy"
+
+
+def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome:
+    """Work on the claimed row, and write down how that ended. Raises `LeaseLost` when it is not ours any more."""
+    declared = attempt.declared
+    try:
         with claims.current(attempt), guard(declared, attempt):
             row = _read(declared.rows(), attempt.pk)
             kept = declared.work(row)
     except NoLongerNeeded:
         _write_down(lambda: claims.drop(attempt, claim))
         return "not_needed"
-    except LeaseLost as lost:
-        return _lost(attempt, lost)
+    except LeaseLost:
+        raise
     except FAILURES as error:
         logger.exception("%s failed", attempt.work)
-        return _failed(attempt, error)
-    try:
-        _write_down(lambda: claims.settle(attempt, kept))
-    except LeaseLost as lost:
-        return _lost(attempt, lost)
+        sentence, trace = _sentence(error), _trace(error)
+        _write_down(lambda: claims.fail(attempt, sentence, trace, needed=_is_needed(attempt)))
+        return "failed"
+    _write_down(lambda: claims.settle(attempt, kept))
     return "done"
 
 
 def perform_call(message: Message, connection: Redis, gone_after: float, guard: Guard = unguarded) -> Outcome:
     """Do a plain call. A failure delivers it again after its backoff, until its attempts are used up."""
-    job = message.declared
+    job = cast(Job, message.declared)
     if job.is_scheduled and switches.disabled(job.switches):
         enqueue.end_call(message, connection)
         return "disabled"
@@ -90,13 +105,13 @@ def perform_call(message: Message, connection: Redis, gone_after: float, guard: 
         with guard(job, None):
             job.function(*message.args, **message.kwargs)
     except FAILURES as error:
-        logger.exception("%s failed", message.description)
-        failure = error
-        _write_down(lambda: _record_call(message, "failed", started_at, failure))
+        logger.exception("%s failed", message.id)
         if job.max_attempts is not None and attempt >= job.max_attempts:
             enqueue.end_call(message, connection)
         else:
             enqueue.retry_call(message, connection, job.backoff.delay(attempt))
+        sentence, trace = _sentence(error), _trace(error)
+        _write_down(lambda: _record_call(message, "failed", started_at, sentence, trace))
         return "failed"
     enqueue.end_call(message, connection)
     _write_down(lambda: _record_call(message, "done", started_at))
@@ -112,21 +127,6 @@ def _read(rows: QuerySet[Any], pk: str) -> Any:
     if row is None:
         raise NoLongerNeeded(f"{rows.model._meta.label} {pk}")
     return row
-
-
-def _failed(attempt: Attempt, error: BaseException) -> Outcome:
-    sentence, trace = _sentence(error), "".join(traceback.format_exception(error))
-    try:
-        _write_down(lambda: claims.fail(attempt, sentence, trace, needed=_is_needed(attempt)))
-    except LeaseLost as lost:
-        return _lost(attempt, lost)
-    return "failed"
-
-
-def _lost(attempt: Attempt, lost: LeaseLost) -> Outcome:
-    logger.warning(str(lost))
-    _write_down(lambda: claims.record_loss(attempt, lost))
-    return "busy"
 
 
 def _is_needed(attempt: Attempt) -> bool:
@@ -163,12 +163,16 @@ def _sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _record_call(message: Message, outcome: str, started_at: Any, error: BaseException | None = None) -> None:
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _record_call(message: Message, outcome: str, started_at: datetime, error: str = "", trace: str = "") -> None:
     claims.write_run(
         job=message.declared.name,
         outcome=outcome,
-        error=_sentence(error) if error else "",
-        traceback="".join(traceback.format_exception(error)) if error else "",
+        error=error,
+        traceback=trace,
         holder=claims.holder(message.worker_name or ""),
         started_at=started_at,
     )
