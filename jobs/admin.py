@@ -7,13 +7,14 @@ from typing import Any
 
 from django.contrib import admin, messages
 from django.db.models import Case, QuerySet, Value, When
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext, ngettext
 from django.utils.translation import gettext_lazy as _
-from django.utils.translation import ngettext
 
 from jobs import clock, registry, switches
 from jobs.job import Job
 from jobs.models import Claim, Run, Schedule
+from jobs.sweep import SweepResult
 
 
 class JobFilter(admin.SimpleListFilter):
@@ -40,26 +41,29 @@ class ReadOnlyAdmin(admin.ModelAdmin):
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
 
-    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
-        return [field.name for field in self.model._meta.fields]
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> Any:
+        # The token is what proves that a process holds a claim. It is nobody else's business.
+        return [field.name for field in self.model._meta.fields if field.name not in ("id", "token")]
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
+        return self.get_fields(request, obj)
+
+    @admin.display(description=_("row"))
+    def row(self, obj: Any) -> str:
+        return f"{obj.model}\N{NO-BREAK SPACE}{obj.object_pk}"
+
+    @admin.display(description=_("error"))
+    def error_line(self, obj: Any) -> str:
+        text: str = obj.error if isinstance(obj, Run) else obj.last_error
+        line = text.partition("\n")[0]
+        return line if len(line) <= 100 else line[:99] + "…"
 
 
 @admin.register(Schedule)
 class ScheduleAdmin(admin.ModelAdmin):
     """When each job and sweep runs. Its cron and its limit can be overridden; how it went can be read."""
 
-    list_display = [
-        "name",
-        "runs_at",
-        "is_enabled",
-        "next_run_at",
-        "last_finished_at",
-        "last_outcome",
-        "matched",
-        "enqueued",
-        "already_queued",
-        "waiting",
-    ]
+    list_display = ["name", "runs_at", "is_enabled", "next_run_at", "last_finished_at", "last_outcome", "last_sweep"]
     search_fields = ["name"]
     fields = [field.name for field in Schedule._meta.fields]
     readonly_fields = [field.name for field in Schedule._meta.fields if field.name not in ("cron", "limit")]
@@ -76,16 +80,27 @@ class ScheduleAdmin(admin.ModelAdmin):
         enabled = Case(When(name__in=disabled, then=Value(False)), default=Value(True))
         return super().get_queryset(request).annotate(enabled=enabled)
 
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: Any) -> None:
+        """Write what can be edited, and nothing else: the tick may have moved on since the page was opened."""
+        obj.save(update_fields=["cron", "limit"])
+
     @admin.display(description=_("cron"))
     def runs_at(self, schedule: Schedule) -> str:
         declared = registry.get(schedule.name)
         if declared is None:
             return str(_("no longer declared"))
-        return schedule.cron or declared.cron or ""
+        return (schedule.cron or declared.cron or "").replace(" ", "\N{NO-BREAK SPACE}")
 
     @admin.display(description=_("enabled"), boolean=True)
     def is_enabled(self, schedule: Any) -> bool:
         return bool(schedule.enabled)
+
+    @admin.display(description=_("last sweep"))
+    def last_sweep(self, schedule: Schedule) -> str:
+        if not schedule.matched:
+            return ""
+        text = gettext("%(matched)d matched: %(enqueued)d enqueued, %(already_queued)d were, %(waiting)d waiting")
+        return text % {name: getattr(schedule, name) for name in SweepResult._fields}
 
     @admin.action(description=_("Run the chosen schedules now"), permissions=["change"])
     def run_now(self, request: HttpRequest, chosen: QuerySet[Schedule]) -> None:
@@ -129,19 +144,7 @@ class StateFilter(admin.SimpleListFilter):
 class ClaimAdmin(ReadOnlyAdmin):
     """Work that is not settled: who is at it, what it waits for, or why it was set aside."""
 
-    list_display = [
-        "job",
-        "model",
-        "object_pk",
-        "state",
-        "attempts",
-        "crashes",
-        "next_attempt_at",
-        "quarantined_at",
-        "holder",
-        "shortened_error",
-    ]
-    list_display_links = ["object_pk"]
+    list_display = ["row", "job", "state", "attempts", "crashes", "next_attempt_at", "error_line"]
     list_filter = [StateFilter, JobFilter]
     search_fields = ["job", "model", "object_pk", "last_error", "holder"]
     ordering = ["pk"]
@@ -155,10 +158,6 @@ class ClaimAdmin(ReadOnlyAdmin):
             return _("leased")
         return _("backing off") if claim.next_attempt_at else _("waiting for a worker")
 
-    @admin.display(description=_("last error"))
-    def shortened_error(self, claim: Claim) -> str:
-        return claim.last_error if len(claim.last_error) <= 100 else claim.last_error[:99] + "…"
-
     @admin.action(description=_("Queue now: end the backing off of the chosen rows"), permissions=["change"])
     def queue_now(self, request: HttpRequest, chosen: Any) -> None:
         self._send_back(request, chosen.filter(quarantined_at__isnull=True), chosen.queue_now)
@@ -166,6 +165,22 @@ class ClaimAdmin(ReadOnlyAdmin):
     @admin.action(description=_("Release the chosen rows from quarantine, and queue them"), permissions=["change"])
     def release(self, request: HttpRequest, chosen: Any) -> None:
         self._send_back(request, chosen.filter(quarantined_at__isnull=False), chosen.release)
+
+    def response_change(self, request: HttpRequest, obj: Claim) -> HttpResponse:
+        """Do what the button on its page says."""
+        chosen = Claim.objects.filter(pk=obj.pk)
+        if "_release" in request.POST:
+            self.release(request, chosen)
+        elif "_queue_now" in request.POST:
+            self.queue_now(request, chosen)
+        return self.response_post_save_change(request, obj)
+
+    def log_change(self, request: HttpRequest, obj: Any, message: Any) -> Any:
+        """Log the buttons and actions, not that a page without a field was sent."""
+        return super().log_change(request, obj, message) if message else None
+
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: Any) -> None:
+        """Write nothing: claims change by conditional statements only."""
 
     def _send_back(self, request: HttpRequest, chosen: Any, change: Any) -> None:
         """Change the claims, which is what counts, and give their rows a push, which saves waiting for the tick."""
@@ -185,15 +200,9 @@ class ClaimAdmin(ReadOnlyAdmin):
 class RunAdmin(ReadOnlyAdmin):
     """What happened: one line for each attempt that ended."""
 
-    list_display = ["job", "model", "object_pk", "outcome", "error_line", "worker", "started_at", "finished_at"]
-    list_display_links = ["object_pk", "outcome"]
+    list_display = ["finished_at", "row", "job", "outcome", "error_line"]
     list_filter = ["outcome", JobFilter, "finished_at"]
     search_fields = ["job", "model", "object_pk", "error", "worker"]
 
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
-
-    @admin.display(description=_("error"))
-    def error_line(self, run: Run) -> str:
-        line = run.error.partition("\n")[0]
-        return line if len(line) <= 100 else line[:99] + "…"

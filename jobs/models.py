@@ -155,7 +155,7 @@ class Run(models.Model):
         FAILED = "failed", _("failed")
         CRASHED = "crashed", _("crashed")
         LOST = "lost", _("lost its lease")
-        RESOLVED = "resolved", _("resolved without it")
+        RESOLVED = "resolved", _("resolved")
 
     job = models.CharField(_("job"), max_length=80)
     model = models.CharField(_("model"), max_length=200, blank=True)
