@@ -53,8 +53,9 @@ def job_commands(workers: int = 3) -> dict[str, list[str]]:
 
 def interrupt_on_sigterm() -> None:
     """Make SIGTERM, and a closed terminal, act as Ctrl-C does: KeyboardInterrupt, so that `with` blocks are left."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    # SIGINT too: a shell that starts a program in the background has it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
 
 
 @dataclass

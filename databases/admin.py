@@ -14,7 +14,10 @@ from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 
 from databases.models import Database, DatabaseQuerySet
-from databases.requests import request_creation, request_deletions
+from databases.requests import request_creation, request_deletion
+
+NAMED = 20
+"""How many databases a message names."""
 
 
 @admin.register(Database)
@@ -102,10 +105,8 @@ class DatabaseAdmin(admin.ModelAdmin):
             by_state[database.state].append(database)
         asked = by_state[Database.State.PENDING] + by_state[Database.State.READY]
 
-        # By key: the list that they were chosen from may be filtered by the state that this changes.
-        rows = Database.objects.filter(pk__in=[database.pk for database in asked])
         LogEntry.objects.log_actions(str(request.user.pk), asked, CHANGE, "Asked for its deletion.")
-        request_deletions(rows)
+        request_deletion(Database.objects.filter(pk__in=[database.pk for database in asked]))
 
         for databases, said, level in (
             (asked, "Will be deleted", messages.SUCCESS),
@@ -113,4 +114,5 @@ class DatabaseAdmin(admin.ModelAdmin):
             (by_state[Database.State.DELETED], "Deleted already", messages.WARNING),
         ):
             if databases:
-                self.message_user(request, f"{said}: {', '.join(map(str, databases))}.", level)
+                more = f" and {len(databases) - NAMED} more" if len(databases) > NAMED else ""
+                self.message_user(request, f"{said}: {', '.join(map(str, databases[:NAMED]))}{more}.", level)

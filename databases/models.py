@@ -50,7 +50,7 @@ class Database(models.Model):
     )
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="databases")
     state = models.CharField(max_length=10, choices=State, default=State.PENDING, editable=False)
-    created_at = models.DateTimeField("asked for at", default=timezone.now, editable=False)
+    created_at = models.DateTimeField("requested at", default=timezone.now, editable=False)
     ready_at = models.DateTimeField(null=True, editable=False)
     deleted_at = models.DateTimeField(null=True, editable=False)
     size = models.PositiveBigIntegerField(null=True, editable=False, help_text="In bytes, when it was made.")

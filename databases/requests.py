@@ -13,16 +13,10 @@ def request_creation(database: Database) -> None:
     create_database.enqueue(database)
 
 
-def request_deletion(database: Database) -> bool:
-    """Have a database deleted. Returns False when that was asked for already."""
-    if not database.request_deletion():
-        return False
-    delete_database.enqueue(database)
-    return True
+def request_deletion(databases: DatabaseQuerySet) -> None:
+    """Have databases deleted; fine for those that are being deleted, or gone, already.
 
-
-def request_deletions(databases: DatabaseQuerySet) -> int:
-    """Have many databases deleted, with one hint for all. Returns for how many it was not asked for already."""
-    marked = databases.request_deletion()
+    Do not choose them by their state, which this changes before it looks at them again.
+    """
+    databases.request_deletion()
     delete_database.enqueue_many(databases.deleting())
-    return marked

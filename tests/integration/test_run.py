@@ -1,0 +1,138 @@
+"""`make run`, as a person uses it: started, looked at, ended."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from config import BASE_DIR
+from config.servers import free_port
+
+
+class Run:
+    """`python -m config.run` in a folder of its own."""
+
+    def __init__(self, home: Path, port: int) -> None:
+        self.home = home
+        self.log = home.parent / "run.log"
+        environment = {**os.environ, "SELFHEAL_HOME": str(home)}
+        # The settings of the tests, and whatever steers them, are not a person's.
+        for name in (
+            "DJANGO_SETTINGS_MODULE",
+            "REDIS_URL",
+            "DATABASE_URL",
+            "DATABASES_FOLDER",
+            "DATABASES_PROVISIONER",
+        ):
+            environment.pop(name, None)
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "config.run", "--port", str(port)],
+                cwd=BASE_DIR,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + 60
+        while "Ctrl-C" not in self.said:
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.1)
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def processes(self) -> list[int]:
+        """Whatever lives and belongs to this folder, its Redis included."""
+
+        def belongs(process: psutil.Process) -> bool:
+            try:
+                return process.environ().get("SELFHEAL_HOME") == str(self.home)
+            except psutil.Error:
+                return False
+
+        return [process.pid for process in psutil.process_iter() if belongs(process)]
+
+
+@pytest.fixture
+def start(tmp_path):
+    runs = []
+
+    def start(port: int) -> Run:
+        runs.append(Run(tmp_path / "home", port))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        for pid in [run.process.pid, *run.processes()]:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+        run.process.wait()
+
+
+def fetch(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
+        return page.read().decode()
+
+
+def test_it_serves_the_admin_until_ctrl_c_and_leaves_nothing(start):
+    port = free_port()
+    run = start(port)
+    run.wait_until_up()
+
+    assert "Log in" in fetch(port)
+    assert f"http://127.0.0.1:{port}/admin/   user admin, password " in run.said
+    # Scheduler, four workers, web, Redis, and the one that runs them.
+    assert len(run.processes()) == 8
+
+    assert run.end(signal.SIGINT) == 0
+    assert run.processes() == []
+    assert run.said.endswith("Stopped; no process is left.\n")
+
+
+def test_after_a_kill_the_next_run_ends_what_was_left_and_says_the_same_password(start):
+    port = free_port()
+    first = start(port)
+    first.wait_until_up()
+    password = re.search(r"password (\S+)", first.said)[1]
+    first.end(signal.SIGKILL)
+    left = first.processes()
+    assert len(left) == 7
+
+    second = start(port)
+    second.wait_until_up()
+
+    assert f"password {password}\n" in second.said
+    assert not set(left) & set(second.processes())
+    assert "Log in" in fetch(port)
+    assert second.end(signal.SIGTERM) == 0
+    assert second.processes() == []
+
+
+def test_a_port_that_is_taken_is_refused_in_a_sentence(start):
+    port = free_port()
+    first = start(port)
+    first.wait_until_up()
+    home = first.home.with_name("another")
+    run = Run(home, port)
+    try:
+        assert run.process.wait(30) == 1
+        assert f"Port {port} cannot be used" in run.said
+        assert run.processes() == []
+    finally:
+        first.end(signal.SIGINT)
