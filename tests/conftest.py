@@ -11,10 +11,10 @@ os.environ["SELFHEAL_HOME"] = _home.name
 for variable in ("REDIS_URL", "DATABASES_FOLDER", "DATABASES_PROVISIONER", "ALLOWED_HOSTS", "SECRET_KEY", "DEBUG"):
     os.environ.pop(variable, None)
 
-import pytest
-from redis import Redis
+import pytest  # noqa: E402
+from redis import Redis  # noqa: E402
 
-from config.servers import RedisServer
+from config.servers import RedisServer  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-from django.conf import settings
 from django.db import connections
 
 from config.servers import RedisServer
