@@ -1,0 +1,151 @@
+"""Schedules, claims and runs in the admin: what an operator can do there, and what they cannot overwrite."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.contrib.admin.models import LogEntry
+from django.contrib.auth.models import Permission, User
+from django.test import Client
+from django.urls import reverse
+from django.utils import timezone
+from redis import Redis
+
+from config.servers import RedisServer
+from jobs.models import Claim, Run, Schedule
+from jobs.testing import tick
+from tests.cast.models import Task
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def claim_of(task: Task, **values: Any) -> Claim:
+    identity = {"job": "do_task", "model": "cast.task", "object_pk": str(task.pk)}
+    return Claim.objects.create(**identity, first_claimed_at=timezone.now(), **values)
+
+
+def backing_off(task: Task) -> Claim:
+    return claim_of(task, attempts=7, next_attempt_at=timezone.now() + timedelta(hours=1), last_error="No space left")
+
+
+def quarantined(task: Task) -> Claim:
+    return claim_of(task, crashes=3, deaths=3, quarantined_at=timezone.now(), last_error="Killed by SIGKILL")
+
+
+def change_page(row: Any) -> str:
+    return reverse(f"admin:selfheal_{row._meta.model_name}_change", args=[row.pk])
+
+
+def test_every_page_can_be_read(admin_client: Client) -> None:
+    claim = quarantined(Task.objects.create())
+    run = Run.objects.create(
+        job="do_task", model="cast.task", object_pk="1", outcome="failed", error="<b>no</b>", finished_at=timezone.now()
+    )
+    schedule = Schedule.objects.get(name="schedule_tasks")
+    for page in ("schedule", "claim", "run"):
+        assert admin_client.get(reverse(f"admin:selfheal_{page}_changelist"), {"q": "task"}).status_code == 200
+    for state in ("leased", "due", "waiting", "quarantined"):
+        page = admin_client.get(reverse("admin:selfheal_claim_changelist"), {"state": state}).content.decode()
+        assert ("Killed by SIGKILL" in page) == (state == "quarantined"), state
+    for row in (claim, run, schedule):
+        assert admin_client.get(change_page(row)).status_code == 200
+    assert "<b>no</b>" not in admin_client.get(change_page(run)).content.decode()
+
+
+def test_queue_now_ends_the_backing_off_and_queues(admin_client: Client, redis: Redis) -> None:
+    task = Task.objects.create()
+    claim = backing_off(task)
+    admin_client.post(change_page(claim), {"_queue_now": "1"})
+    claim.refresh_from_db()
+    assert (claim.next_attempt_at, claim.attempts) == (None, 7)
+    assert redis.lrange("rq:queue:default", 0, -1) == [f"do_task-{task.pk}".encode()]
+    assert LogEntry.objects.filter(object_id=str(claim.pk)).exists()
+
+
+def test_release_ends_the_quarantine_and_forgets_what_was_counted(admin_client: Client, redis: Redis) -> None:
+    task = Task.objects.create()
+    claim = quarantined(task)
+    admin_client.post(change_page(claim), {"_release": "1"})
+    claim.refresh_from_db()
+    assert (claim.quarantined_at, claim.crashes, claim.deaths) == (None, 0, 0)
+    assert redis.lrange("rq:queue:default", 0, -1) == [f"do_task-{task.pk}".encode()]
+
+
+def test_actions_reach_only_the_claims_that_they_are_for(admin_client: Client) -> None:
+    waiting, aside = backing_off(Task.objects.create()), quarantined(Task.objects.create())
+    chosen = {"_selected_action": [waiting.pk, aside.pk]}
+    changelist = reverse("admin:selfheal_claim_changelist")
+    admin_client.post(changelist, {"action": "queue_now", **chosen})
+    aside.refresh_from_db()
+    assert aside.quarantined_at is not None
+    Claim.objects.filter(pk=waiting.pk).update(next_attempt_at=timezone.now() + timedelta(hours=1))
+    admin_client.post(changelist, {"action": "release", **chosen})
+    waiting.refresh_from_db()
+    aside.refresh_from_db()
+    assert (waiting.attempts, aside.quarantined_at) == (7, None)
+    assert waiting.next_attempt_at is not None
+
+
+def test_release_with_redis_away_is_not_lost(admin_client: Client, redis_server: RedisServer, redis: Redis) -> None:
+    task = Task.objects.create()
+    claim = quarantined(task)
+    redis_server.kill()
+    response = admin_client.post(change_page(claim), {"_release": "1"})
+    assert response.status_code == 302
+    redis_server.start()
+    tick()
+    assert redis.lrange("rq:queue:default", 0, -1) == [f"do_task-{task.pk}".encode()]
+
+
+def test_sending_a_claims_page_writes_nothing_of_it_back(admin_client: Client) -> None:
+    claim = backing_off(Task.objects.create())
+    form = {"attempts": "0", "holder": "me", "lease_key": "mine", "token": "mine"}
+    admin_client.post(change_page(claim), form)
+    claim.refresh_from_db()
+    assert (claim.attempts, claim.holder, claim.lease_key, claim.token) == (7, "", None, "")
+
+
+def test_a_cron_override_is_checked_and_overwrites_no_more_than_itself(admin_client: Client) -> None:
+    schedule = Schedule.objects.get(name="schedule_tasks")
+    page = admin_client.post(change_page(schedule), {"cron": "whenever", "limit": ""})
+    assert "no cron expression" in page.content.decode()
+    # What the tick writes while the page is open stays.
+    moment = timezone.now() + timedelta(days=1)
+    Schedule.objects.filter(pk=schedule.pk).update(next_run_at=moment)
+    admin_client.post(change_page(schedule), {"cron": "*/5 * * * *", "limit": "7"})
+    schedule.refresh_from_db()
+    assert (schedule.cron, schedule.limit, schedule.next_run_at) == ("*/5 * * * *", 7, moment)
+
+
+def test_run_now_owes_a_run_which_the_next_tick_queues(admin_client: Client, redis: Redis) -> None:
+    tick()
+    chosen = {"action": "run_now", "_selected_action": ["nightly", "do_task"]}
+    admin_client.post(reverse("admin:selfheal_schedule_changelist"), chosen)
+    assert tick() == ["nightly"]
+    assert redis.lrange("rq:queue:default", 0, -1) == [b"nightly"]
+
+
+def test_who_may_only_look_can_only_look(client: Client) -> None:
+    user = User.objects.create_user("reader", is_staff=True)
+    user.user_permissions.set(Permission.objects.filter(codename__in=["view_claim", "view_run", "view_schedule"]))
+    client.force_login(user)
+    claim = quarantined(Task.objects.create())
+    schedule = Schedule.objects.get(name="nightly")
+    page = client.get(change_page(claim)).content.decode()
+    assert "_release" not in page
+    assert client.post(change_page(claim), {"_release": "1"}).status_code == 403
+    assert client.post(change_page(schedule), {"cron": "* * * * *"}).status_code == 403
+    changelist = reverse("admin:selfheal_claim_changelist")
+    client.post(changelist, {"action": "release", "_selected_action": [claim.pk]})
+    claim.refresh_from_db()
+    assert claim.quarantined_at is not None
+
+
+def test_nobody_adds_or_deletes_what_the_library_writes(admin_client: Client) -> None:
+    claim = backing_off(Task.objects.create())
+    for name in ("claim", "run", "schedule"):
+        assert admin_client.get(reverse(f"admin:selfheal_{name}_add")).status_code == 403
+    assert (
+        admin_client.post(reverse("admin:selfheal_claim_delete", args=[claim.pk]), {"post": "yes"}).status_code == 403
+    )
+    assert Claim.objects.filter(pk=claim.pk).exists()
