@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import Any
 
+from django.apps import apps
 from django.db import connections, router
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -15,9 +16,7 @@ _fixed: ContextVar[datetime | None] = ContextVar("selfheal_fixed_time", default=
 
 
 def _database() -> Any:
-    from jobs.models import Claim
-
-    return connections[router.db_for_write(Claim)]
+    return connections[router.db_for_write(apps.get_model("selfheal", "Claim"))]
 
 
 def now(plus: timedelta = timedelta(0)) -> Any:

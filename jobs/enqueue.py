@@ -36,12 +36,23 @@ T = TypeVar("T")
 BATCH = 1000
 
 # Look, then push: the id of one job goes to the end of its list, or to its time in the delayed set, unless it is in
-# one of them already. A list that is full takes no more hints: its sweep will bring the row when there is room.
+# one of them already. When too many are queued it is not: its sweep will bring the row when there is room. The ids of
+# other jobs do not count towards that, unless there are so many that telling them apart would hold up Redis.
 PUSH = """
 local list, delayed, names = KEYS[1], KEYS[2], KEYS[3]
 local id, room, score = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 if redis.call('ZSCORE', delayed, id) or redis.call('LPOS', list, id) then return 0 end
-if redis.call('LLEN', list) >= room then return 0 end
+local queued = redis.call('LLEN', list) + redis.call('ZCARD', delayed)
+if queued >= room and queued <= 10000 then
+    local own = string.match(id, '^[^-]+-')
+    queued = 0
+    for _, ids in ipairs({redis.call('LRANGE', list, 0, -1), redis.call('ZRANGE', delayed, 0, -1)}) do
+        for _, other in ipairs(ids) do
+            if string.sub(other, 1, #own) == own then queued = queued + 1 end
+        end
+    end
+end
+if queued >= room then return 0 end
 if score ~= '' then
     redis.call('ZADD', delayed, score, id)
 else
@@ -139,10 +150,13 @@ def rows(job: Job, subjects: Any) -> None:
                 return
             queued = queued_ids(queue, job.name)
             room = job.limit - len(queued)
+            may_wait = apps.get_model("selfheal", "Claim").objects.filter(job=job.name).exists()
             for batch in batches(pks, BATCH):
-                waiting = _waiting(job, batch)
-                ids = [id for pk in batch if pk not in waiting and (id := job.id_of(pk).encode()) not in queued]
+                waiting = _waiting(job, batch) if may_wait else set()
+                ids = [job.id_of(pk).encode() for pk in dict.fromkeys(batch) if pk not in waiting]
+                ids = [id for id in ids if id not in queued]
                 push_ids(queue, ids[: max(room, 0)])
+                queued.update(ids)
                 room -= len(ids)
                 if room <= 0:
                     return
@@ -207,7 +221,7 @@ def retry_call(message: Message, connection: Redis, wait: timedelta) -> None:
 
 
 def push_id(queue: queues.Queue, id: str, *, room: int = 2**31, wait: timedelta | None = None) -> bool:
-    """Push one id unless it is queued or the list has `room` entries already. Returns whether it was pushed."""
+    """Push one id unless it is queued or `room` of its job are already. Returns whether it was pushed."""
     keys = [queue.key, queues.DELAYED_KEY, queue.redis_queues_keys]
     return bool(queue.connection.register_script(PUSH)(keys=keys, args=[id, room, _score(wait)]))
 

@@ -316,6 +316,11 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     What cannot work is reported by `manage.py check`, which every command runs at start.
     """
 
+    if function is not None and not callable(cast(Any, function)):
+        raise TypeError(
+            f'@job takes a function, and its options by name, such as @job(queue="default"); not {function!r}.'
+        )
+
     def declare(function: Callable[..., Any]) -> Job:
         declared = Job(function, **options)
         registry.add(declared)

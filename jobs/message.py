@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from django.core.exceptions import ValidationError
 from django.db.models import Model
+from redis.exceptions import ResponseError
 from rq.exceptions import NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
@@ -127,7 +128,10 @@ class Message(Job):
             self._read_call(declared)
 
     def _read_call(self, declared: Any) -> None:
-        stored = self.connection.hmget(self.key, "data", "attempt")
+        try:
+            stored = self.connection.hmget(self.key, "data", "attempt")
+        except ResponseError as error:
+            raise NoSuchJobError(f"its arguments cannot be read: {error}") from None
         if stored[0] is None:
             raise NoSuchJobError("its arguments are gone from Redis")
         try:
@@ -149,6 +153,8 @@ class Message(Job):
         # Not the arguments: this is logged, and they may be private.
         self.description = self.id
         self._status = JobStatus.QUEUED
+        # Nobody knows since when an id is queued, but django-rq's dashboard fails without a time.
+        self.enqueued_at = self.created_at
 
     @property
     def func(self) -> Any:

@@ -58,7 +58,7 @@ class Queue(DjangoRQ):
             try:
                 return Message.fetch(raw, connection=connection), by_key[key]
             except (NoSuchJobError, ValueError) as refusal:
-                logger.warning("Refused %.200r from queue %s: %s", raw, by_key[key].name, refusal)
+                logger.warning("Refused %.200r from queue %s: %.400s", raw, by_key[key].name, refusal)
         return None
 
 

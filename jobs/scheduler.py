@@ -146,8 +146,8 @@ def _push_claims_of(declared: Declared, due: ClaimQuerySet) -> None:
     if not (isinstance(declared, Job) and declared.is_swept):
         enqueue.push_id(queue, declared.name)
         return
-    room = declared.limit - queue.count
     queued = enqueue.queued_ids(queue, declared.name)
+    room = declared.limit - len(queued)
     pks = due.filter(job=declared.name).values_list("object_pk", flat=True)[:DUE_CLAIMS]
     ids = [id for pk in pks if (id := declared.id_of(pk).encode()) not in queued]
     enqueue.push_ids(queue, ids[: max(room, 0)])

@@ -25,7 +25,7 @@ from rq.suspension import is_suspended
 from rq.timeouts import JobTimeoutException
 from rq.utils import now
 from rq.worker import Worker as RQWorker
-from rq.worker.base import WorkerStatus
+from rq.worker.base import WorkerStatus, signal_name
 
 from jobs import claims, enqueue, perform, queues
 from jobs.conf import conf
@@ -134,6 +134,8 @@ class Worker(RQWorker):
         """Register with Redis, at most once per heartbeat, for rq's pages and commands; nothing here relies on it."""
         if self._announced_at is not None and time.monotonic() - self._announced_at < conf.HEARTBEAT.total_seconds():
             return
+        # Also when it fails: a Redis that is away is not asked again with every look at the child.
+        self._announced_at = time.monotonic()
         self._state = state
         self.last_heartbeat = now()
         with self.connection.pipeline() as pipeline:
@@ -143,7 +145,6 @@ class Worker(RQWorker):
             pipeline.execute()
         for queue in self.queues:
             worker_registration.clean_worker_registry(queue)
-        self._announced_at = time.monotonic()
 
     # --- One message --------------------------------------------------------------------------------------------------
 
@@ -227,7 +228,7 @@ class Worker(RQWorker):
         self, message: Message, attempt: claims.Attempt | None, pid: int, status: int, was_killed: bool
     ) -> None:
         code = os.waitstatus_to_exitcode(status)
-        ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        ending = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         evidence = f"Its process {ending}."
         self.log.warning("Worker %s: %s: %s", self.name, message.id, evidence)
         if code == claims.EXIT_LEASE_LOST:
