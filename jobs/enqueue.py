@@ -96,24 +96,25 @@ redis.call('DEL', hash)
 if redis.call('GET', unique) == ARGV[1] then redis.call('DEL', unique) end
 """
 
-# What is due moves from the delayed set to the lists of its jobs' queues. Returns how many were looked at, and those
-# that no declared job is named in.
+# What is due moves from the delayed set to the lists of its jobs' queues. What names no declared job is removed; what
+# its list does not take, being something else than a list, stays. Returns how many moved, and what was removed.
 MOVE_DUE = """
 local delayed, names = KEYS[1], KEYS[2]
 local due = redis.call('ZRANGEBYSCORE', delayed, '-inf', ARGV[1], 'LIMIT', 0, ARGV[2])
-local list_of, refused = {}, {}
+local list_of, moved, refused = {}, 0, {}
 for i = 3, #ARGV, 2 do list_of[ARGV[i]] = ARGV[i + 1] end
 for _, id in ipairs(due) do
     local list = list_of[string.match(id, '^[^-]+') or '']
-    if list then
-        redis.call('SADD', names, list)
-        redis.call('RPUSH', list, id)
-    else
+    if not list then
         table.insert(refused, id)
+        redis.call('ZREM', delayed, id)
+    elseif type(redis.pcall('RPUSH', list, id)) == 'number' then
+        moved = moved + 1
+        redis.call('SADD', names, list)
+        redis.call('ZREM', delayed, id)
     end
-    redis.call('ZREM', delayed, id)
 end
-return {#due, refused}
+return {moved, refused}
 """
 
 
@@ -139,7 +140,7 @@ def rows(job: Job, subjects: Any) -> None:
     pks, using = job.identify_many(subjects)
     if switches.disabled([job.name]):
         return
-    pks = itertools.islice(pks, job.limit)
+    pks = itertools.islice(_not_waiting(job, pks), job.limit)
     if connections[using].in_atomic_block:
         # Which rows were meant is decided now; whether they exist, by the commit.
         pks = iter(list(pks))
@@ -150,11 +151,8 @@ def rows(job: Job, subjects: Any) -> None:
                 return
             queued = queued_ids(queue, job.name)
             room = job.limit - len(queued)
-            may_wait = apps.get_model("selfheal", "Claim").objects.filter(job=job.name).exists()
             for batch in batches(pks, BATCH):
-                waiting = _waiting(job, batch) if may_wait else set()
-                ids = [job.id_of(pk).encode() for pk in dict.fromkeys(batch) if pk not in waiting]
-                ids = [id for id in ids if id not in queued]
+                ids = [id for pk in dict.fromkeys(batch) if (id := job.id_of(pk).encode()) not in queued]
                 push_ids(queue, ids[: max(room, 0)])
                 queued.update(ids)
                 room -= len(ids)
@@ -258,14 +256,14 @@ def move_due() -> int:
     for connection in queues.connections():
         script = connection.register_script(MOVE_DUE)
         while True:
-            found, refused = script(
+            moved_now, refused = script(
                 keys=[queues.DELAYED_KEY, queues.Queue.redis_queues_keys],
                 args=[clock.timestamp(), BATCH, *destinations],
             )
             for id in refused:
                 logger.warning("Refused %.200r from the delayed set: no job of that name is declared.", id)
-            moved += found - len(refused)
-            if found < BATCH:
+            moved += moved_now
+            if moved_now + len(refused) < BATCH:
                 break
     return moved
 
@@ -275,6 +273,13 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
+
+
+def _not_waiting(job: Job, pks: Iterable[str]) -> Iterator[str]:
+    may_wait = apps.get_model("selfheal", "Claim").objects.filter(job=job.name).exists()
+    for batch in batches(pks, BATCH):
+        waiting = _waiting(job, batch) if may_wait else set()
+        yield from (pk for pk in batch if pk not in waiting)
 
 
 def _waiting(job: Job, pks: list[str]) -> set[str]:

@@ -134,6 +134,9 @@ class Sweep(Declared):
                     new.append(id)
             if not dry_run:
                 enqueue.push_ids(queue, new, self.jitter)
+            if len(wanted.query.alias_map) > 1:
+                # A join may find a row twice.
+                queued.update(new)
             room -= len(new)
             enqueued += len(new)
             if room <= 0 and already_queued + enqueued >= limit:
