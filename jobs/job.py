@@ -85,6 +85,11 @@ class Declared:
         return False
 
     @property
+    def takes_calls(self) -> bool:
+        """Whether it can be queued with arguments of its own."""
+        return False
+
+    @property
     def model(self) -> type[Model]:
         """The model of the rows that it works on."""
         return apps.get_model("selfheal", "Schedule")
@@ -149,6 +154,10 @@ class Job(Declared):
     @property
     def is_swept(self) -> bool:
         return self.sweep is not None
+
+    @property
+    def takes_calls(self) -> bool:
+        return not self.is_swept
 
     @property
     def max_attempts(self) -> int | None:
@@ -317,9 +326,7 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """
 
     if function is not None and not callable(cast(Any, function)):
-        raise TypeError(
-            f'@job takes a function, and its options by name, such as @job(queue="default"); not {function!r}.'
-        )
+        raise TypeError(f'@job takes a function, and options by name, such as @job(queue="default"); not {function!r}.')
 
     def declare(function: Callable[..., Any]) -> Job:
         declared = Job(function, **options)

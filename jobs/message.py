@@ -124,8 +124,10 @@ class Message(Job):
         elif declared.is_swept:
             self.pk = decode(rest)
             self._describe(declared, [self.pk], {})
-        else:
+        elif declared.takes_calls:
             self._read_call(declared)
+        else:
+            raise NoSuchJobError(f"{name} is a sweep, and takes no arguments")
 
     def _read_call(self, declared: Any) -> None:
         try:

@@ -16,6 +16,7 @@ from django_rq.queues import DjangoRQ
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from rq import worker_registration
 from rq.exceptions import NoSuchJobError
 from rq_scheduler.scheduler import Scheduler as RQScheduler
 
@@ -88,6 +89,29 @@ def connections() -> list[Redis]:
     """Return one such connection for each Redis that RQ_QUEUES names."""
     distinct = {id(connection): connection for connection in (get(name).connection for name in names())}
     return list(distinct.values())
+
+
+def repair() -> None:
+    """Delete whatever stands where a list or a set of ours belongs, in every Redis that RQ_QUEUES names.
+
+    Until then nothing could be pushed or popped. Hints that such a key has displaced are lost anyway.
+    """
+    for queue in map(get, names()):
+        kinds = {
+            queue.key: "list",
+            queue.redis_queues_keys: "set",
+            DELAYED_KEY: "zset",
+            worker_registration.REDIS_WORKER_KEYS: "set",
+            worker_registration.WORKERS_BY_QUEUE_KEY % queue.name: "set",
+        }
+        with queue.connection.pipeline(transaction=False) as pipeline:
+            for key in kinds:
+                pipeline.type(key)
+            found = [kind.decode() for kind in pipeline.execute()]
+        for (key, kind), is_a in zip(kinds.items(), found, strict=True):
+            if is_a not in (kind, "none"):
+                logger.error("%s in Redis was a %s, and must be a %s: it is deleted.", key, is_a, kind)
+                queue.connection.delete(key)
 
 
 class _Config:

@@ -66,6 +66,7 @@ def tick() -> list[str]:
     errors = _Errors()
     pushed: list[str] = []
     with errors.kept():
+        queues.repair()
         enqueue.move_due()
     with errors.kept():
         _take_due(errors)

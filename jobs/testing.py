@@ -7,13 +7,17 @@ this process, with the Redis in RQ_QUEUES.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
+
+from django.db import DatabaseError, connections, transaction
 
 from jobs import claims, clock, queues, scheduler
 from jobs import perform as performing
 from jobs.claims import Attempt
-from jobs.job import Job
+from jobs.job import Declared, Job
 from jobs.perform import Outcome
 
 __all__ = ["drain", "perform", "tick"]
@@ -28,7 +32,30 @@ def perform(job: Job, row: Any) -> Outcome:
     if not job.is_swept:
         raise TypeError(f"No sweep feeds {job.name}: call it, or drain() the queue.")
     pk, _ = job.identify(row)
-    return performing.perform(Attempt(job, claims.label(job.model), pk, worker="test"))
+    return performing.perform(Attempt(job, claims.label(job.model), pk, worker="test"), _contained)
+
+
+@contextmanager
+def _contained(declared: Declared, attempt: Attempt | None) -> Iterator[None]:
+    """Inside a TestCase, take back what an error of the database would do to the transaction around the test.
+
+    Elsewhere the statement fails alone, and what the job wrote before stays. Here that goes with it.
+    """
+    around = [each.alias for each in connections.all(initialized_only=True) if each.in_atomic_block]
+    savepoints = {alias: transaction.savepoint(alias) for alias in around}
+    is_broken = False
+    try:
+        yield
+    except DatabaseError:
+        is_broken = True
+        raise
+    finally:
+        for alias, savepoint in savepoints.items():
+            if is_broken or transaction.get_rollback(alias):
+                transaction.set_rollback(False, alias)
+                transaction.savepoint_rollback(savepoint, alias)
+            else:
+                transaction.savepoint_commit(savepoint, alias)
 
 
 def tick(now: datetime | None = None) -> list[str]:

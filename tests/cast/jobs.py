@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from datetime import timedelta
@@ -17,16 +18,16 @@ EVERY_OTHER_SECOND = "* * * * * */2"
 SOON = Backoff(first=timedelta(seconds=1), cap=timedelta(seconds=2))
 
 
-def note(event: str, task: Task) -> None:
+def note(event: str, task: Task, job: str = "do_task") -> None:
     """Write to the ledger, which is outside the library and outside the database, in one append."""
     if path := os.environ.get("CAST_LEDGER"):
-        line = {"event": event, "task": task.pk, "pid": os.getpid(), "ppid": os.getppid(), "at": time.monotonic()}
+        line = {"event": event, "job": job, "task": task.pk, "pid": os.getpid(), "at": time.monotonic()}
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         os.write(descriptor, (json.dumps(line) + "\n").encode())
         os.close(descriptor)
 
 
-@job(backoff=SOON, timeout=timedelta(seconds=60))
+@job(backoff=SOON, timeout=timedelta(seconds=float(os.environ.get("CAST_TIMEOUT", "60"))))
 def do_task(task: Task) -> None:
     """Do what the row says, then write that it is done."""
     note("start", task)
@@ -42,7 +43,10 @@ def do_task(task: Task) -> None:
             try:
                 time.sleep(1)
             except Exception:
-                continue
+                note("swallowed", task)
+    if task.behaviour == "never_let_go":
+        # One call that backtracks for years, and holds the interpreter's lock: no other thread, no signal handler runs.
+        re.match(r"(a+)+$", "a" * 60 + "b")
     time.sleep(task.seconds)
     if task.behaviour == "write_without_lock":
         Task.objects.filter(pk=task.pk).update(writes=task.writes + 1)
@@ -62,12 +66,12 @@ def schedule_tasks() -> QuerySet[Task]:
 @job(backoff=SOON, max_attempts=3)
 def delete_task(task: Task) -> None:
     """Another job that wants the same row."""
-    note("start", task)
+    note("start", task, "delete_task")
     time.sleep(task.seconds)
     with with_lock(task):
         task.state = "deleted"
         task.save(update_fields=["state"])
-    note("end", task)
+    note("end", task, "delete_task")
 
 
 @sweep(delete_task, cron=EVERY_OTHER_SECOND)

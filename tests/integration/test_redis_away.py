@@ -1,0 +1,165 @@
+"""Redis refuses or hangs: who waits, for how long, who is told, and what is left behind."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from django.db import transaction
+
+from config.servers import RedisServer
+from jobs import QueueUnavailable, queues
+from jobs.models import Schedule
+from jobs.testing import perform, tick
+from tests.cast.jobs import do_task, schedule_tasks, touch_file
+from tests.cast.models import Task
+from tests.integration.conftest import BACKGROUND_LIST
+from tests.integration.test_enqueue import PLAIN, SWEPT
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture(params=["refusing_redis", "hanging_redis"])
+def away(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param) or request.param)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What the library has logged as a warning or worse."""
+    return lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "selfheal" and record.levelno >= logging.WARNING
+    ]
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("enqueue", SWEPT.values(), ids=SWEPT.keys())
+def test_a_row_is_saved_within_a_second_and_there_is_one_warning(enqueue, warnings):
+    with within(1), transaction.atomic():
+        task = Task.objects.create()
+        enqueue(task)
+    assert Task.objects.filter(pk=task.pk).exists()
+    [warning] = warnings()
+    assert "do_task was not queued, its sweep will do so: Redis did not answer" in warning
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("enqueue", PLAIN.values(), ids=PLAIN.keys())
+def test_a_plain_call_is_refused_within_a_second(enqueue):
+    with within(1), pytest.raises(QueueUnavailable, match="touch_file was not queued, because Redis did not answer"):
+        enqueue()
+
+
+@pytest.mark.usefixtures("away")
+def test_a_plain_call_in_a_transaction_is_refused_after_the_row_is_saved():
+    with within(1), pytest.raises(QueueUnavailable), transaction.atomic():
+        touch_file.enqueue_many(Task.objects.create(name="saved").pk for _ in range(1))
+    assert Task.objects.filter(name="saved").exists()
+
+
+@pytest.mark.usefixtures("hanging_redis")
+def test_a_request_that_queues_a_hundred_rows_does_not_wait_a_hundred_times(warnings):
+    with within(1):
+        for _ in range(100):
+            do_task.enqueue(Task.objects.create())
+    assert Task.objects.count() == 100
+    assert len(warnings()) == 1
+
+
+@pytest.mark.usefixtures("hanging_redis")
+def test_a_process_that_has_no_connection_yet_waits_no_longer(task, warnings):
+    queues._connect.cache_clear()
+    with within(1):
+        do_task.enqueue(task)
+    assert len(warnings()) == 1
+
+
+@pytest.mark.usefixtures("hanging_redis")
+def test_nor_do_many_requests_at_once(race):
+    pks = [Task.objects.create().pk for _ in range(8)]
+    with within(2):
+        race(*[lambda pk=pk: do_task.enqueue(pk) for pk in pks])
+
+
+@pytest.mark.usefixtures("hanging_redis")
+def test_a_hundred_rows_at_commit_do_not_add_up():
+    with within(1.5), transaction.atomic():
+        for _ in range(100):
+            do_task.enqueue(Task.objects.create())
+    assert Task.objects.count() == 100
+
+
+def test_redis_back_the_next_row_is_queued(task, hanging_redis, redis_server: RedisServer, queued):
+    do_task.enqueue(task)
+    redis_server.thaw()
+    deadline = time.monotonic() + 5
+    # What did not come through in time may still arrive, now that Redis goes on; then once, and not as well as this.
+    while not queued() and time.monotonic() < deadline:
+        do_task.enqueue(task)
+    assert queued() == [f"do_task-{task.pk}"]
+
+
+def test_redis_started_again_the_next_row_is_queued_at_once(redis_server: RedisServer, queued):
+    tasks = [Task.objects.create() for _ in range(3)]
+    do_task.enqueue(tasks[0])
+    redis_server.kill()
+    do_task.enqueue(tasks[1])
+    redis_server.start()
+    # The connections from before are dead. Nobody should notice.
+    do_task.enqueue(tasks[2])
+    touch_file.enqueue("/tmp/x")
+    assert queued() == [f"do_task-{tasks[2].pk}"]
+
+
+def test_the_sweep_brings_what_was_not_queued(refusing_redis, redis_server: RedisServer, queued):
+    task = Task.objects.create()
+    do_task.enqueue(task)
+    redis_server.start()
+    assert schedule_tasks.sweep().enqueued == 1
+    assert queued() == [f"do_task-{task.pk}"]
+
+
+@pytest.mark.usefixtures("away", "task")
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_sweep_says_that_redis_did_not_answer(dry_run):
+    with within(1), pytest.raises(QueueUnavailable, match="schedule_tasks was not queued, because Redis did not"):
+        schedule_tasks.sweep(dry_run=dry_run)
+
+
+@pytest.mark.usefixtures("away")
+def test_a_row_can_be_worked_on_all_the_same(task):
+    """Only the message was in Redis, and that has been popped."""
+    assert perform(do_task, task) == "done"
+
+
+def test_a_tick_takes_what_is_due_and_the_next_one_with_redis_pushes_it(away, redis_server: RedisServer, queued):
+    Schedule.objects.filter(name="schedule_tasks").update(next_run_at="2020-01-01T00:00Z")
+    with within(5), pytest.raises(Exception):  # noqa: B017, PT011  (one error of Redis, or a group of them)
+        tick()
+    schedule = Schedule.objects.get(name="schedule_tasks")
+    assert schedule.next_run_at.year > 2020
+    assert schedule.last_enqueued_at is not None
+
+    redis_server.thaw()
+    redis_server.start()
+    assert "schedule_tasks" in tick()
+    assert "schedule_tasks" in queued(BACKGROUND_LIST)
+
+
+def test_the_redis_of_another_queue_does_not_matter(settings: Any, task, queued):
+    settings.RQ_QUEUES["urgent"] = {"URL": "redis://127.0.0.1:1/0"}
+    do_task.enqueue(task)
+    with pytest.raises(QueueUnavailable):
+        touch_file.enqueue("/tmp/x")
+    assert queued() == [f"do_task-{task.pk}"]

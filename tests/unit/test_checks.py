@@ -1,0 +1,318 @@
+"""What a project can get wrong stops it at start, in a sentence that says what to do, with an id to look it up by."""
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.core.checks import run_checks
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management import call_command
+from django.core.management.base import SystemCheckError
+
+from jobs import Backoff, checks, job, registry, sweep
+from jobs.conf import DEFAULTS, conf
+from jobs.exceptions import Misconfigured, SelfHealError
+from tests.cast.models import Task
+
+EVERY_MINUTE = "* * * * *"
+
+
+@pytest.fixture(autouse=True)
+def _declaring() -> Iterator[None]:
+    with registry.sandbox():
+        yield
+
+
+def found() -> list[tuple[str, str]]:
+    """What the library's checks say now."""
+    return [(error.id, f"{error.msg} {error.hint or ''}") for error in run_checks(tags=["selfheal"])]
+
+
+def expect(number: str, sentence: str) -> None:
+    """Exactly this one, and nothing else."""
+    [(id, message)] = found()
+    assert id == f"selfheal.{number}"
+    assert sentence in message
+
+
+def walk(dog: Any = None) -> None:
+    pass
+
+
+def all_tasks() -> Any:
+    return Task.objects.all()
+
+
+def test_this_project_has_nothing_to_complain_about():
+    assert found() == []
+
+
+def test_a_mistake_stops_the_stock_commands_before_they_begin():
+    job(queue="fast")(walk)
+    for command, options in {
+        "check": {},
+        "rqworker": {"skip_checks": False},
+        "rqscheduler": {"skip_checks": False},
+    }.items():
+        with pytest.raises(SystemCheckError, match=r"selfheal\.E003"):
+            call_command(command, **options)
+
+
+def test_the_message_says_where_the_mistake_is():
+    job(queue="fast")(walk)
+    expect("E003", f"{__name__}.walk: There is no queue 'fast' in RQ_QUEUES; add it there or pass another queue=.")
+
+
+# --- Names ------------------------------------------------------------------------------------------------------------
+
+
+def test_e001_a_name_that_is_taken():
+    first = job(walk)
+    second = job(walk)
+    expect("E001", "has its name, 'walk', already, and names are unique in a project. Rename one of them, or pass name")
+    assert registry.get("walk") is first
+    assert registry.get("walk") is not second
+
+
+def test_e001_a_job_and_a_sweep_share_their_names():
+    fed = job(name="walk")(walk)
+    sweep(fed, cron=EVERY_MINUTE, name="walk")(all_tasks)
+    expect("E001", "names are unique in a project")
+
+
+@pytest.mark.parametrize("name", ["", "walk-dog", "walk dog", "1walk", "walk.dog", "x" * 81, "märz", 5, ("a",)])
+def test_e005_a_name_that_cannot_be_in_an_id(name):
+    job(name=name)(walk)
+    expect("E005", f"The name {name!r} must be letters, digits and underscores, at most 80 of them.")
+
+
+def test_e005_a_function_without_a_name():
+    job(lambda: None)
+    expect("E005", "The name '<lambda>' must be letters")
+
+
+def test_a_name_as_long_as_allowed_is_fine():
+    job(name="x" * 80)(walk)
+    assert found() == []
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cron", ["* * * *", "every minute", "61 * * * *", "", "0 0 30 2 *", 60])
+def test_e002_a_cron_that_never_comes_due(cron):
+    job(cron=cron)(walk)
+    expect("E002", f"{cron!r} is no cron expression")
+
+
+def test_e002_a_sweep_without_a_schedule():
+    sweep(job(walk), cron=None, name="walk_dogs")(all_tasks)
+    expect("E002", 'cron is None; pass an expression, such as "* * * * *" for every minute.')
+
+
+@pytest.mark.parametrize("queue", ["fast", "", None, 3, ["default"]])
+def test_e003_a_queue_that_does_not_exist(queue):
+    job(queue=queue)(walk)
+    expect("E003", f"There is no queue {queue!r} in RQ_QUEUES")
+
+
+def test_e003_a_sweeps_own_queue():
+    sweep(job(walk), cron=EVERY_MINUTE, queue="slow", name="walk_dogs")(all_tasks)
+    expect("E003", "There is no queue 'slow' in RQ_QUEUES")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"timeout": 60}, "timeout is 60; pass a timedelta longer than zero."),
+        ({"timeout": timedelta(0)}, "pass a timedelta longer than zero."),
+        ({"max_attempts": 0}, "max_attempts is 0; pass a number from 1, or None for no end."),
+        ({"max_attempts": -1}, "pass a number from 1"),
+        ({"max_attempts": True}, "max_attempts is True; pass a number from 1"),
+        ({"max_attempts": "3"}, "max_attempts is '3'; pass a number from 1"),
+        ({"backoff": timedelta(seconds=10)}, "pass Backoff(first=..., cap=...)."),
+        ({"backoff": Backoff(first=10)}, "make first and cap timedeltas longer than zero."),
+        ({"backoff": Backoff(cap=timedelta(0))}, "make first and cap timedeltas longer than zero."),
+        ({"unique_for": 60}, "unique_for is 60; pass a timedelta longer than zero."),
+        ({"unique_for": timedelta(0)}, "pass a timedelta longer than zero."),
+        (
+            {"unique_for": timedelta(1), "unique_until": "end"},
+            'unique_until is \'end\'; pass "start" or "done".',
+        ),
+        ({"unique_until": "start"}, "unique_until does nothing without unique_for; pass both."),
+    ],
+    ids=str,
+)
+def test_e004_an_option_of_a_job(options, sentence):
+    job(**options)(walk)
+    expect("E004", sentence)
+
+
+def test_e004_a_coroutine_function():
+    @job
+    async def walk_later():
+        pass
+
+    expect("E004", "It is a coroutine function, which would never be awaited; wrap it in async_to_sync.")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; pass a number from 1."),
+        ({"batch_size": None}, "batch_size is None; pass a number from 1."),
+        ({"limit": 0}, "limit is 0; pass a number from 1."),
+        ({"limit": 1.5}, "limit is 1.5; pass a number from 1."),
+        ({"jitter": 60}, "jitter is 60; pass a timedelta longer than zero."),
+        ({"jitter": timedelta(0)}, "pass a timedelta longer than zero."),
+        ({"timeout": 60}, "timeout is 60; pass a timedelta longer than zero."),
+    ],
+    ids=str,
+)
+def test_e004_an_option_of_a_sweep(options, sentence):
+    sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs", **options)(all_tasks)
+    expect("E004", sentence)
+
+
+# --- Jobs and their sweeps --------------------------------------------------------------------------------------------
+
+
+def test_e006_two_sweeps_of_one_job():
+    fed = job(walk)
+    first = sweep(fed, cron=EVERY_MINUTE, name="walk_dogs")(all_tasks)
+    sweep(fed, cron=EVERY_MINUTE, name="walk_more_dogs")(all_tasks)
+    expect("E006", "walk already has a sweep, <Sweep walk_dogs>; combine their querysets with |.")
+    assert fed.sweep is first
+
+
+def test_e006_a_swept_job_with_a_schedule_of_its_own():
+    sweep(job(cron=EVERY_MINUTE)(walk), cron=EVERY_MINUTE, name="walk_dogs")(all_tasks)
+    expect("E006", "A job that a sweep feeds has no cron of its own; move it to the sweep.")
+
+
+def test_e006_a_swept_job_that_wants_to_be_unique():
+    sweep(job(unique_for=timedelta(1))(walk), cron=EVERY_MINUTE, name="walk_dogs")(all_tasks)
+    expect("E006", "unique_for is for plain jobs; a row's id is unique in the queue anyway. Remove it.")
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (lambda: None, "returned NoneType; return a queryset of the rows."),
+        (lambda: [1, 2], "returned list; return a queryset of the rows."),
+        (lambda: Task, "returned ModelBase; return a queryset of the rows."),
+        (lambda: Task.objects, "return a queryset of the rows."),
+        (lambda: Task.objects.all()[:10], "cannot be filtered any further, because it is a slice; combine with |"),
+        (lambda: Task.objects.all().union(Task.objects.all()), "cannot be filtered any further, because it is a union"),
+        (lambda: Task.objects.values_list("pk"), "returned values; return a queryset of the rows themselves."),
+        (lambda: Task.objects.values("name"), "returned values; return a queryset of the rows themselves."),
+        (lambda: Task.objects.filter(colour="red"), "raised FieldError: Cannot resolve keyword 'colour'"),
+    ],
+)
+def test_e009_a_sweep_that_does_not_find_rows(rows, sentence):
+    sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs")(rows)
+    expect("E009", sentence)
+
+
+def test_a_database_without_tables_is_no_mistake_of_the_sweep():
+    """`migrate` runs the checks before there are any."""
+    from django.db import OperationalError
+
+    def asks_at_once():
+        raise OperationalError("no such table: cast_task")
+
+    sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs")(asks_at_once)
+    assert found() == []
+
+
+def test_combined_querysets_are_one_queryset():
+    sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs")(lambda: Task.objects.pending() | Task.objects.deleting())
+    assert found() == []
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("option", "path"), checks.CLASSES.items())
+@pytest.mark.parametrize("wrong", [None, "rq.job.Job", "no.such.Class", "jobs.queues.names", 5])
+def test_e007_a_class_that_django_rq_must_use(settings, option, path, wrong):
+    settings.RQ = {**settings.RQ, option: wrong}
+    expect("E007", f'RQ[\'{option}\'] is {wrong!r}. Set RQ = {{"{option}": "{path}", ...}}, or a subclass of it.')
+
+
+def test_e007_every_one_that_is_missing(settings):
+    del settings.RQ
+    assert [id for id, _ in found()] == ["selfheal.E007"] * 4
+
+
+def test_a_subclass_does_by_path_or_itself(settings):
+    from jobs.worker import Worker
+
+    class OurWorker(Worker):
+        pass
+
+    settings.RQ = {**settings.RQ, "WORKER_CLASS": OurWorker}
+    assert found() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"LEASES": timedelta(1)}, "JOBS has no setting 'LEASES'; use one of LEASE, HEARTBEAT, TICK,"),
+        ({"LEASE": 60}, "JOBS['LEASE'] is 60; make it a timedelta longer than zero."),
+        ({"TICK": timedelta(0)}, "JOBS['TICK'] is datetime.timedelta(0); make it a timedelta longer than zero."),
+        ({"KEEP_RUNS": None}, "JOBS['KEEP_RUNS'] is None; make it a timedelta longer than zero."),
+        ({"LEASE": timedelta(seconds=29)}, "leaves room for less than two heartbeats"),
+        ([], "JOBS is []; make it a dict of timedeltas."),
+        (None, "JOBS is None; make it a dict of timedeltas."),
+    ],
+    ids=str,
+)
+def test_e008_a_setting_of_our_own(settings, given, sentence):
+    settings.JOBS = given
+    expect("E008", sentence)
+
+
+def test_the_defaults_are_those_of_the_contract_and_apply_without_any_setting(settings):
+    del settings.JOBS
+    assert (
+        timedelta(seconds=60),
+        timedelta(seconds=15),
+        timedelta(seconds=5),
+        timedelta(milliseconds=500),
+        timedelta(days=14),
+    ) == (conf.LEASE, conf.HEARTBEAT, conf.TICK, conf.REDIS_TIMEOUT, conf.KEEP_RUNS)
+    assert conf.lease_margin == timedelta(seconds=10)
+    assert found() == []
+
+
+def test_settings_are_read_when_they_are_needed(settings):
+    settings.JOBS = {"LEASE": timedelta(seconds=90)}
+    assert timedelta(seconds=90) == conf.LEASE
+    settings.JOBS = {"LEASE": timedelta(seconds=120)}
+    assert timedelta(seconds=120) == conf.LEASE
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_wrong_setting_is_refused_where_it_is_used_too(settings, name):
+    settings.JOBS = {name: 5}
+    with pytest.raises(Misconfigured, match=rf"JOBS\['{name}'\] is 5"):
+        getattr(conf, name)
+
+
+def test_there_is_no_other_setting():
+    with pytest.raises(AttributeError):
+        _ = conf.INTERVAL
+
+
+def test_a_mistake_of_configuration_is_also_djangos():
+    assert issubclass(Misconfigured, ImproperlyConfigured)
+    assert issubclass(Misconfigured, SelfHealError)
+
+
+def test_the_errors_have_one_root() -> None:
+    from jobs import LeaseLost, NoLongerNeeded, QueueUnavailable
+
+    roots: list[Callable[..., Any]] = [LeaseLost, NoLongerNeeded, QueueUnavailable]
+    assert all(issubclass(error, SelfHealError) for error in roots)
