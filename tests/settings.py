@@ -7,6 +7,7 @@ import json
 import os
 from datetime import timedelta
 
+from config import HOME
 from config.settings import *  # noqa: F403
 from config.settings import DATABASES, INSTALLED_APPS, JOBS
 
@@ -19,6 +20,9 @@ JOBS = JOBS | {
     name: timedelta(seconds=seconds) for name, seconds in json.loads(os.environ.get("TEST_JOBS", "{}")).items()
 }
 
-# A file, because the tests that race open it several times. Each test process gets one of its own.
+# A file, because the tests that race open it several times; in a folder of its own for each test process, because some
+# tests take the folder away.
 if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
-    DATABASES["default"]["TEST"] = {"NAME": str(DATABASES["default"]["NAME"]) + ".test"}
+    folder = HOME / os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    folder.mkdir(parents=True, exist_ok=True)
+    DATABASES["default"]["TEST"] = {"NAME": str(folder / "test.sqlite3")}

@@ -7,9 +7,10 @@ waits for a condition, and looks at the row last.
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,23 @@ from typing import Any
 import psutil
 import pytest
 from django.db import connections
+from django.db.models import F
+from redis import Redis
 
 from config.servers import RedisServer
-from config.stack import Supervisor, manage
-from jobs.models import Claim
+from config.stack import Death, Supervisor, manage
+from jobs.clock import timestamp
+from jobs.models import Claim, Run, Schedule
 from tests.cast.models import Task
+from tests.recovery.traps import Trap
 
 # One second of a lease here stands for ten in production.
 INTERVALS = {"LEASE": 6, "HEARTBEAT": 1, "TICK": 0.5}
+LEASE = INTERVALS["LEASE"]
 PATIENCE = 40
+# One sweep interval (two seconds), one tick, and what a busy machine adds. Not longer than a lease: what is found again
+# this soon was found by a sweep, or by a tick, and not because some lease ran out.
+SOON = 6
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
@@ -38,11 +47,20 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE)
     return value
 
 
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, also when nobody has asked how."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @dataclass
 class Interval:
     """One process at work on one row, as the ledger has it. `end` is None when it never said that it had finished."""
 
     task: int
+    job: str
     pid: int
     start: float
     end: float | None = None
@@ -55,33 +73,40 @@ class Stack:
     folder: Path
     redis: RedisServer
     supervisor: Supervisor
+    client: Redis
+    # When each process died that this test killed, or saw dead.
     deaths: dict[int, float] = field(default_factory=dict)
+    # The ends of commands that the supervisor saw, in their order.
+    exits: list[Death] = field(default_factory=list)
 
     @property
     def ledger_path(self) -> Path:
         return self.folder / "ledger"
 
-    def scheduler(self, name: str = "scheduler") -> None:
-        self.supervisor.start(name, manage("rqscheduler"))
+    # --- Processes ----------------------------------------------------------------------------------------------------
 
-    def worker(self, name: str = "worker", *queues: str) -> None:
-        self.supervisor.start(name, manage("rqworker", *(queues or ("urgent", "background", "default"))))
+    def scheduler(self, name: str = "scheduler", trap: Trap | None = None, **environment: str) -> None:
+        self._start(name, ["rqscheduler"], trap, environment)
 
-    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
-        """Wait for a condition while the supervisor replaces what dies."""
+    def worker(self, name: str = "worker", *queues: str, trap: Trap | None = None, **environment: str) -> None:
+        self._start(name, ["rqworker", *(queues or ("urgent", "background", "default"))], trap, environment)
 
-        def look() -> Any:
-            self.supervisor.poll()
-            return condition()
+    def _start(self, name: str, command: list[str], trap: Trap | None, environment: dict[str, str]) -> None:
+        laid = trap.environment(self.folder) if trap else {}
+        self.supervisor.start(name, manage(*command), {**environment, **laid})
 
-        return wait_for(look, what, seconds)
-
-    def child_of(self, name: str = "worker") -> psutil.Process | None:
-        """Return the process in which a worker performs a message, while it does."""
+    def pid(self, name: str = "worker") -> int:
         pid = self.supervisor.pid(name)
-        with suppress(psutil.NoSuchProcess):
-            return next(iter(psutil.Process(pid).children()), None) if pid else None
-        return None
+        assert pid
+        return pid
+
+    def log(self, name: str) -> str:
+        path = self.supervisor.logs / f"{name}.log"
+        return path.read_text() if path.exists() else ""
+
+    def wait_until_up(self, *names: str) -> None:
+        for name in names:
+            self.wait_for(lambda name=name: "started with PID" in self.log(name), f"{name} up")
 
     def child_at_work(self, task: Task) -> psutil.Process:
         """Wait until a process holds the task's claim and has begun; return the process."""
@@ -103,10 +128,101 @@ class Stack:
                 os.kill(pid, signal.SIGKILL)
             self.deaths[pid] = time.monotonic()
 
+    def freeze(self, *pids: int) -> None:
+        """SIGSTOP these processes, and wait until they stand still."""
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        for pid in pids:
+            self.wait_until_frozen(pid)
+
+    def wait_until_frozen(self, pid: int) -> None:
+        self.wait_for(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, f"{pid} frozen")
+
+    def thaw(self, *pids: int) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    def wait_until_gone(self, pid: int, seconds: float = PATIENCE) -> float:
+        """Wait until a process has ended, and return when it was seen to have."""
+        self.wait_for(lambda: is_gone(pid), f"{pid} gone", seconds)
+        return self.deaths.setdefault(pid, time.monotonic())
+
+    def wait_until_sprung(self, trap: Trap) -> tuple[int, int]:
+        """Wait until somebody was struck; return the pids of the process and of its parent."""
+        path = trap.sprung(self.folder)
+        said = self.wait_for(lambda: path.exists() and path.read_text(), f"{trap}")
+        pid, parent = map(int, said.split())
+        if trap.how == "SIGKILL":
+            self.deaths.setdefault(pid, time.monotonic())
+        return pid, parent
+
+    # --- Waiting ------------------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        for death in self.supervisor.poll():
+            self.exits.append(death)
+            self.deaths.setdefault(death.pid, time.monotonic())
+
+    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+        """Wait for a condition while the supervisor replaces what dies."""
+
+        def look() -> Any:
+            self.poll()
+            return condition()
+
+        return wait_for(look, what, seconds)
+
+    def wait_until_done(self, *tasks: Task, state: str = "done", seconds: float = PATIENCE) -> None:
+        """Wait until these rows say so, and nothing about them is left to be settled."""
+        pks = [task.pk for task in tasks]
+        rows, claims = Task.objects.filter(pk__in=pks), Claim.objects.filter(object_pk__in=map(str, pks))
+        self.wait_for(
+            lambda: not rows.exclude(state=state).exists() and not claims.all().exists(),
+            f"tasks {pks} {state}",
+            seconds,
+        )
+
+    def wait_until_drained(self, queue: str = "default") -> None:
+        self.wait_for(lambda: not self.queued(queue), f"{queue} drained")
+
+    def wait_for_sweeps(self, count: int = 2, name: str = "schedule_tasks") -> None:
+        """Wait until this many runs of a sweep have begun and ended from now on."""
+        for _ in range(count):
+            later = Schedule.objects.filter(
+                name=name,
+                last_started_at__gt=Schedule.objects.get(name=name).last_started_at or "1970-01-01T00:00Z",
+                last_finished_at__gte=F("last_started_at"),
+            )
+            self.wait_for(later.all().exists, f"another run of {name}")
+
+    # --- Looking ------------------------------------------------------------------------------------------------------
+
+    def queued(self, queue: str = "default") -> list[str]:
+        """Return the messages in one queue's list."""
+        return [message.decode() for message in self.client.lrange(f"rq:queue:{queue}", 0, -1)]
+
+    def delayed(self) -> dict[str, float]:
+        """Return the messages in the delayed set, with the seconds until each is due."""
+        found = self.client.zrange("rq:scheduler:scheduled_jobs", 0, -1, withscores=True)
+        return {message.decode(): score - timestamp() for message, score in found}
+
+    def state(self, task: Task) -> str:
+        return Task.objects.values_list("state", flat=True).get(pk=task.pk)
+
+    def writes(self, task: Task) -> int:
+        return Task.objects.values_list("writes", flat=True).get(pk=task.pk)
+
+    def runs(self, task: Task, job: str = "do_task") -> list[str]:
+        """Return how the attempts at a row ended, by the library's own history, oldest first."""
+        return list(
+            Run.objects.filter(job=job, object_pk=str(task.pk)).order_by("pk").values_list("outcome", flat=True)
+        )
+
     def events(self) -> list[dict[str, Any]]:
         if not self.ledger_path.exists():
             return []
-        return [json.loads(line) for line in self.ledger_path.read_text().splitlines()]
+        # A process that was killed while it wrote may have left half a line.
+        return [json.loads(line) for line in self.ledger_path.read_text().splitlines() if line.endswith("}")]
 
     def intervals(self, task: Task) -> list[Interval]:
         """Return who worked on the task, and when, from the ledger alone."""
@@ -115,8 +231,8 @@ class Stack:
             if event["task"] != task.pk:
                 continue
             if event["event"] == "start":
-                found.append(Interval(task.pk, event["pid"], event["at"]))
-            else:
+                found.append(Interval(task.pk, event["job"], event["pid"], event["at"]))
+            elif event["event"] == "end":
                 next(each for each in reversed(found) if each.pid == event["pid"]).end = event["at"]
         return found
 
@@ -131,36 +247,46 @@ class Stack:
             if one.pid != two.pid and two.start < ends[i]
         ]
 
-    def state(self, task: Task) -> str:
-        return Task.objects.values_list("state", flat=True).get(pk=task.pk)
 
-    def wait_until_done(self, *tasks: Task, seconds: float = PATIENCE) -> None:
-        pks = [task.pk for task in tasks]
-        self.wait_for(
-            lambda: not Task.objects.filter(pk__in=pks).exclude(state="done").exists(), f"tasks {pks} done", seconds
-        )
+@contextmanager
+def missing_database(stack: Stack) -> Iterator[None]:
+    """Take the database away from the processes: they cannot open it. The test still can."""
+    way = stack.folder / "database"
+    way.rename(stack.folder / "somewhere else")
+    yield
+    (stack.folder / "somewhere else").rename(way)
 
-    def log(self, name: str) -> str:
-        path = self.supervisor.logs / f"{name}.log"
-        return path.read_text() if path.exists() else ""
+
+@contextmanager
+def locked_database() -> Iterator[None]:
+    """Hold SQLite's only write lock, as a transaction of somebody who has forgotten about it would."""
+    with closing(sqlite3.connect(connections["default"].settings_dict["NAME"], isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
 
 
 @pytest.fixture
-def stack(transactional_db: None, tmp_path: Path, settings) -> Iterator[Stack]:
+def stack(transactional_db: None, tmp_path: Path, settings, monkeypatch) -> Iterator[Stack]:
     """Its Redis runs; its processes are up to the test. None of them outlives it."""
     redis = RedisServer(tmp_path / "redis")
+    database = Path(connections["default"].settings_dict["NAME"])
+    # The way by which the processes find the database, and the test does not.
+    way = tmp_path / "database"
+    way.symlink_to(database.parent)
     environment = {
-        "DJANGO_SETTINGS_MODULE": "tests.settings",
-        "DATABASE_URL": f"sqlite:///{connections['default'].settings_dict['NAME']}",
+        "DJANGO_SETTINGS_MODULE": "tests.recovery.settings",
+        "DATABASE_URL": f"sqlite:///{way / database.name}",
         "REDIS_URL": redis.url,
         "SELFHEAL_HOME": str(tmp_path / "home"),
         "TEST_JOBS": json.dumps(INTERVALS),
         "CAST_LEDGER": str(tmp_path / "ledger"),
     }
     settings.RQ_QUEUES = {name: {**queue, "URL": redis.url} for name, queue in settings.RQ_QUEUES.items()}
-    os.environ["CAST_LEDGER"] = environment["CAST_LEDGER"]
-    with redis, Supervisor(tmp_path, environment) as supervisor:
-        stack = Stack(tmp_path, redis, supervisor)
-        yield stack
+    monkeypatch.setenv("CAST_LEDGER", environment["CAST_LEDGER"])
+    with redis, Redis.from_url(redis.url) as client, Supervisor(tmp_path, environment) as supervisor:
+        yield Stack(tmp_path, redis, supervisor, client)
+        # No test is about how they end now.
+        supervisor.stop(grace=0)
         redis.thaw()
     connections.close_all()

@@ -1,0 +1,90 @@
+"""The database refuses, for longer than anybody can wait."""
+
+import time
+
+from tests.cast.jobs import do_task
+from tests.cast.models import Task
+from tests.recovery.conftest import LEASE, Stack, locked_database, missing_database
+
+
+def test_heartbeat_cut_off_from_the_database(stack: Stack) -> None:
+    task = Task.objects.create(seconds=3 * LEASE)
+    stack.scheduler()
+    stack.worker()
+    before = [stack.pid("scheduler"), stack.pid("worker")]
+    child = stack.child_at_work(task)
+    Task.objects.filter(pk=task.pk).update(seconds=0)
+    with locked_database():
+        locked_at = time.monotonic()
+        # The last renewal may have been before this moment, and never after it.
+        gone_at = stack.wait_until_gone(child.pid)
+        assert gone_at - locked_at < LEASE
+    stack.wait_until_done(task)
+    first, _second = stack.intervals(task)
+    assert first.pid == child.pid
+    assert first.end is None
+    assert not stack.at_once(task)
+    assert len(stack.intervals(task)) == 2
+    assert stack.writes(task) == 1
+    assert [stack.pid("scheduler"), stack.pid("worker")] == before
+
+
+def test_locked_while_everybody_is_at_work(stack: Stack) -> None:
+    """A lock that is held for less than a lease costs nothing but time."""
+    tasks = [Task.objects.create(seconds=1) for _ in range(2)]
+    stack.scheduler()
+    stack.worker("one")
+    stack.worker("two")
+    for task in tasks:
+        stack.child_at_work(task)
+    with locked_database():
+        locked_at = time.monotonic()
+        # Past the end of the work: what waits now is the writing down.
+        stack.wait_for(lambda: time.monotonic() - locked_at > LEASE / 2, "half a lease")
+        assert {stack.state(task) for task in tasks} == {"pending"}
+    stack.wait_until_done(*tasks)
+    assert [stack.runs(task) for task in tasks] == [["done"], ["done"]]
+    assert [len(stack.intervals(task)) for task in tasks] == [1, 1]
+
+
+def test_locked_for_longer_than_the_scheduler_waits(stack: Stack) -> None:
+    stack.scheduler(TEST_DATABASE_TIMEOUT="0.5")
+    stack.worker(TEST_DATABASE_TIMEOUT="0.5")
+    stack.wait_for_sweeps(1)
+    task = Task.objects.create()
+    do_task.enqueue(task)
+    with locked_database():
+        stack.wait_for(lambda: "A tick failed" in stack.log("scheduler"), "the scheduler has noticed")
+        stack.wait_for(lambda: "the database does not answer" in stack.log("worker"), "the worker has noticed")
+        assert stack.state(task) == "pending"
+    stack.wait_until_done(task)
+    assert stack.runs(task) == ["done"]
+    assert stack.exits == []
+
+
+def test_gone_and_back(stack: Stack) -> None:
+    stack.scheduler()
+    stack.worker()
+    stack.wait_for_sweeps(1)
+    with missing_database(stack):
+        stack.wait_for(lambda: "A tick failed" in stack.log("scheduler"), "the scheduler has noticed")
+        task = Task.objects.create()
+        do_task.enqueue(task)
+        stack.wait_for(lambda: "the database does not answer" in stack.log("worker"), "the worker has noticed")
+        assert stack.state(task) == "pending"
+    stack.wait_until_done(task)
+    assert stack.runs(task) == ["done"]
+    assert stack.exits == []
+
+
+def test_started_before_the_database_is_there(stack: Stack) -> None:
+    task = Task.objects.create()
+    with missing_database(stack):
+        stack.scheduler()
+        stack.worker()
+        stack.wait_for(lambda: "A tick failed" in stack.log("scheduler"), "the scheduler has noticed")
+        do_task.enqueue(task)
+        stack.wait_for(lambda: "the database does not answer" in stack.log("worker"), "the worker has noticed")
+    stack.wait_until_done(task)
+    assert stack.runs(task) == ["done"]
+    assert stack.exits == []

@@ -1,0 +1,103 @@
+"""A deploy: processes are asked to end."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from jobs.models import Run
+from tests.cast.jobs import do_task
+from tests.cast.models import Task
+from tests.recovery.conftest import LEASE, Stack, is_gone
+
+
+def wait_for_exit(stack: Stack, name: str, seconds: float) -> int:
+    """Return the exit code of a command that was asked to end."""
+    stack.wait_for(lambda: any(death.name == name for death in stack.exits), f"{name} has ended", seconds)
+    return next(death.code for death in stack.exits if death.name == name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_busy_worker_finishes_first(stack: Stack, number: signal.Signals) -> None:
+    task, behind = Task.objects.create(seconds=3), Task.objects.create()
+    stack.worker()
+    do_task.enqueue_many([task, behind])
+    child = stack.child_at_work(task)
+    stack.supervisor.hold("worker")
+    # To both: some supervisors signal whatever they find.
+    os.kill(stack.pid(), number)
+    os.kill(child.pid, number)
+    assert wait_for_exit(stack, "worker", seconds=10) == 0
+    # It has finished this one and not begun the next.
+    assert stack.state(task) == "done"
+    assert stack.runs(task) == ["done"]
+    assert stack.queued() == [f"do_task-{behind.pk}"]
+    assert not Run.objects.exclude(outcome="done").exists()
+    assert stack.client.keys("rq:workers*") == []
+
+
+def test_an_impatient_operator_stops_a_busy_worker_at_once(stack: Stack) -> None:
+    task = Task.objects.create(seconds=30)
+    stack.scheduler()
+    stack.worker()
+    child = stack.child_at_work(task)
+    Task.objects.filter(pk=task.pk).update(seconds=0)
+    worker = stack.pid()
+    stack.supervisor.hold("worker")
+
+    def insist() -> bool:
+        if is_gone(child.pid):
+            return True
+        os.kill(worker, signal.SIGTERM)
+        return False
+
+    stack.wait_for(insist, "the child ended", seconds=5)
+    assert wait_for_exit(stack, "worker", seconds=5) == 0
+    given_up_at = stack.wait_until_gone(child.pid, seconds=1)
+    stack.worker("second")
+    stack.wait_until_done(task)
+    # The row was given back, so nobody waited for the lease; and nothing was counted.
+    assert stack.intervals(task)[1].start - given_up_at < LEASE
+    assert stack.runs(task) == ["done"]
+    assert stack.writes(task) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_worker_and_a_scheduler_end_quickly(stack: Stack, number: signal.Signals) -> None:
+    stack.scheduler()
+    stack.worker()
+    stack.wait_until_up("scheduler", "worker")
+    for name in ("scheduler", "worker"):
+        stack.supervisor.hold(name)
+        asked_at = time.monotonic()
+        os.kill(stack.pid(name), number)
+        assert wait_for_exit(stack, name, seconds=5) == 0
+        assert time.monotonic() - asked_at < 4
+
+
+@pytest.mark.parametrize("name", ["scheduler", "worker"])
+def test_they_end_while_redis_is_away(stack: Stack, name: str) -> None:
+    stack.redis.kill()
+    getattr(stack, name)()
+    noticed = {"scheduler": "A tick failed", "worker": "Redis does not answer"}[name]
+    stack.wait_for(lambda: noticed in stack.log(name), f"the {name} has noticed")
+    stack.supervisor.hold(name)
+    os.kill(stack.pid(name), signal.SIGTERM)
+    assert wait_for_exit(stack, name, seconds=5) == 0
+
+
+def test_a_rolling_deploy_loses_and_doubles_nothing(stack: Stack) -> None:
+    tasks = [Task.objects.create(seconds=0.5) for _ in range(10)]
+    stack.scheduler()
+    names = ["one", "two", "three"]
+    for name in names:
+        stack.worker(name)
+    stack.child_at_work(tasks[0])
+    for name in ("scheduler", *names):
+        ended = len(stack.exits)
+        os.kill(stack.pid(name), signal.SIGTERM)
+        stack.wait_for(lambda ended=ended: len(stack.exits) > ended, f"{name} has ended")
+    stack.wait_until_done(*tasks)
+    assert [stack.runs(task) for task in tasks] == [["done"]] * 10
+    assert {death.code for death in stack.exits} == {0}

@@ -1,0 +1,134 @@
+"""SIGKILL to a worker, to its child, to both, at every step of a message's life."""
+
+import time
+
+import pytest
+
+from jobs.models import Claim, Run, Schedule
+from tests.cast.jobs import do_task
+from tests.cast.models import Task
+from tests.recovery.conftest import LEASE, SOON, Stack
+from tests.recovery.traps import Trap
+
+
+def test_worker_and_child_killed(stack: Stack) -> None:
+    task = Task.objects.create(seconds=3)
+    stack.scheduler()
+    stack.worker()
+    child = stack.child_at_work(task)
+    stack.kill(stack.pid("worker"), child.pid)
+    stack.wait_until_done(task)
+    assert not stack.at_once(task)
+    # Nobody saw it die: it is the lease that ran out.
+    assert stack.runs(task) == ["crashed", "done"]
+    assert stack.writes(task) == 1
+
+
+def test_worker_killed_and_its_child_left_alive(stack: Stack) -> None:
+    # Longer than a lease, so that the orphan has to go on renewing it.
+    task = Task.objects.create(seconds=LEASE + 2)
+    stack.scheduler()
+    stack.worker()
+    stack.worker("second")
+    orphan = stack.child_at_work(task)
+    parent = orphan.ppid()
+    stack.kill(parent)
+    # Others come for the row meanwhile, by the sweep and by hints, and leave it.
+    for _ in range(3):
+        do_task.enqueue(task)
+        stack.wait_for_sweeps(1)
+    assert stack.intervals(task)[0].end is None
+    stack.wait_until_done(task)
+    assert [interval.pid for interval in stack.intervals(task)] == [orphan.pid]
+    assert stack.runs(task) == ["done"]
+    assert stack.writes(task) == 1
+
+
+def test_child_killed(stack: Stack) -> None:
+    task = Task.objects.create(seconds=2)
+    stack.scheduler()
+    stack.worker()
+    worker = stack.pid()
+    child = stack.child_at_work(task)
+    stack.kill(child.pid)
+    stack.wait_until_done(task)
+    first, second = stack.intervals(task)
+    # Its worker saw it, so the row does not wait for the lease.
+    assert second.start - stack.deaths[first.pid] < LEASE
+    assert not stack.at_once(task)
+    assert stack.runs(task) == ["crashed", "done"]
+    assert "SIGKILL" in Run.objects.filter(outcome="crashed").get().error
+    assert stack.pid() == worker
+
+
+@pytest.mark.parametrize(
+    ("trap", "runs"),
+    [
+        # Popped, and so in no list; not claimed yet.
+        (Trap("before", "jobs.worker.Worker.execute_job"), ["done"]),
+        (Trap("before", "jobs.claims.take", with_parent=True), ["done"]),
+        (Trap("before", "jobs.claims.take"), ["done"]),
+        # Claimed, and the work not begun.
+        (Trap("after", "jobs.claims.take", with_parent=True), ["crashed", "done"]),
+        (Trap("after", "jobs.claims.take"), ["crashed", "done"]),
+        # The row says that it is done; the claim is still there, until a sweep settles it.
+        (Trap("before", "jobs.claims.settle", with_parent=True), ["resolved"]),
+        (Trap("before", "jobs.claims.settle"), ["crashed", "resolved"]),
+        (Trap("after", "jobs.claims.settle", with_parent=True), ["done"]),
+        (Trap("after", "jobs.claims.settle"), ["done"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Trap) else "",
+)
+def test_killed_at_a_step(stack: Stack, trap: Trap, runs: list[str]) -> None:
+    task = Task.objects.create()
+    do_task.enqueue(task)
+    # Without a scheduler there is only one message that can spring the trap.
+    stack.worker(trap=trap)
+    stack.wait_until_sprung(trap)
+    assert stack.queued() == []
+    stack.scheduler()
+    stack.wait_until_done(task)
+    found = stack.runs(task)
+    # A worker that a tick sent to the row may come before the sweep; it counts the crash that nobody saw.
+    assert found == runs or (runs == ["resolved"] and found == ["crashed", "resolved"])
+    assert stack.writes(task) == 1
+    assert not stack.at_once(task)
+
+
+@pytest.mark.parametrize(
+    "trap",
+    [
+        Trap("before", "jobs.enqueue.push_ids", with_parent=True),
+        Trap("after", "jobs.enqueue.push_ids", with_parent=True),
+        Trap("before", "jobs.enqueue.push_ids"),
+    ],
+    ids=str,
+)
+def test_killed_in_the_middle_of_a_sweep(stack: Stack, trap: Trap) -> None:
+    tasks = [Task.objects.create() for _ in range(3)]
+    stack.scheduler()
+    stack.worker(trap=trap)
+    stack.wait_until_sprung(trap)
+    stack.wait_until_done(*tasks)
+    assert [stack.writes(task) for task in tasks] == [1, 1, 1]
+    # And it goes on sweeping.
+    stack.wait_for_sweeps(1)
+    assert Schedule.objects.get(name="schedule_tasks").last_outcome == "done"
+    assert not Claim.objects.exclude(crashes=0).exists()
+
+
+def test_every_worker_killed_again_and_again(stack: Stack) -> None:
+    tasks = [Task.objects.create(seconds=0.5) for _ in range(12)]
+    stack.scheduler()
+    names = ["one", "two", "three"]
+    for name in names:
+        stack.worker(name)
+    for task in (tasks[0], tasks[3], tasks[6]):
+        stack.wait_for(lambda task=task: stack.intervals(task), f"{task} begun")
+        stack.kill(*(stack.supervisor.pid(name) for name in names))
+    killed_at = time.monotonic()
+    stack.wait_until_done(*tasks)
+    # The children were left alone, and finished.
+    assert time.monotonic() - killed_at < SOON + LEASE
+    assert not any(stack.at_once(task) for task in tasks)
+    assert {stack.writes(task) for task in tasks} == {1}
