@@ -103,10 +103,10 @@ class ScheduleAdmin(admin.ModelAdmin):
         return text % {name: getattr(schedule, name) for name in SweepResult._fields}
 
     @admin.action(description=_("Run the chosen schedules now"), permissions=["change"])
-    def run_now(self, request: HttpRequest, chosen: QuerySet[Schedule]) -> None:
+    def run_now(self, request: HttpRequest, chosen: Any) -> None:
         names = [each.name for each in registry.declared() if each.is_scheduled]
         owed = chosen.filter(name__in=names)
-        count = owed.update(last_enqueued_at=clock.now())
+        count = owed.owe()
         for schedule in owed:
             self.log_change(request, schedule, [{"changed": {"fields": ["last_enqueued_at"]}}])
         text = ngettext(

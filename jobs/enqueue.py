@@ -62,12 +62,16 @@ end
 return 1
 """
 
+# A call whose id gets lost must not leave its arguments for ever. In seconds.
+KEEP_CALLS = str(30 * 24 * 3600)
+
 # A plain call, all of it or nothing: uniqueness, its arguments, its id.
 CALL = """
 local list, delayed, names, hash, unique = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local id, score, unique_for = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if unique_for > 0 and not redis.call('SET', unique, id, 'NX', 'PX', unique_for) then return 0 end
 redis.call('HSET', hash, unpack(ARGV, 4))
+redis.call('EXPIRE', hash, KEEP_CALLS)
 if score ~= '' then
     redis.call('ZADD', delayed, score, id)
 else
@@ -75,7 +79,7 @@ else
     redis.call('RPUSH', list, id)
 end
 return 1
-"""
+""".replace("KEEP_CALLS", KEEP_CALLS)
 
 # A plain call starts. It goes into the delayed set for when its process must be gone, so that a worker killed with
 # its child costs a delay and not the call. Returns the number of the attempt; 0 when the call has already ended.
@@ -84,9 +88,10 @@ local delayed, hash, unique = KEYS[1], KEYS[2], KEYS[3]
 local id, again_at, release = ARGV[1], ARGV[2], ARGV[3]
 if redis.call('EXISTS', hash) == 0 then return 0 end
 redis.call('ZADD', delayed, again_at, id)
+redis.call('EXPIRE', hash, KEEP_CALLS)
 if release == '1' and redis.call('GET', unique) == id then redis.call('DEL', unique) end
 return redis.call('HINCRBY', hash, 'attempt', 1)
-"""
+""".replace("KEEP_CALLS", KEEP_CALLS)
 
 # A plain call ends for good.
 END = """
@@ -140,7 +145,8 @@ def rows(job: Job, subjects: Any) -> None:
     pks, using = job.identify_many(subjects)
     if switches.disabled([job.name]):
         return
-    pks = itertools.islice(_not_waiting(job, pks), job.limit)
+    limit = job.sweep.effective_limit() if job.sweep else 0
+    pks = itertools.islice(_not_waiting(job, pks), limit)
     if connections[using].in_atomic_block:
         # Which rows were meant is decided now; whether they exist, by the commit.
         pks = iter(list(pks))
@@ -150,7 +156,7 @@ def rows(job: Job, subjects: Any) -> None:
             if not hint.worthwhile:
                 return
             queued = queued_ids(queue, job.name)
-            room = job.limit - len(queued)
+            room = limit - len(queued)
             for batch in batches(pks, BATCH):
                 ids = [id for pk in dict.fromkeys(batch) if (id := job.id_of(pk).encode()) not in queued]
                 push_ids(queue, ids[: max(room, 0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from django.apps import apps
 from django.db import router
-from django.db.models import Model, QuerySet
+from django.db.models import F, Model, QuerySet
 
 from jobs import clock, enqueue, queues, registry
 from jobs import cron as cron_expressions
 from jobs.backoff import Backoff, spread
-from jobs.message import pk_text, pk_value, row_id
+from jobs.message import check_pk, pk_text, pk_value, row_id
 
 if TYPE_CHECKING:
     from jobs.sweep import Sweep
@@ -103,9 +104,10 @@ class Declared:
         raise NotImplementedError
 
     def finish(self, outcome: str, kept: dict[str, Any]) -> None:
-        """Write on the schedule that the run which was owed has ended."""
+        """Write on the schedule that a run has ended: all that were owed when it began, or now if that is not kept."""
+        settled = {"settled_runs": F("due_runs"), **kept}
         apps.get_model("selfheal", "Schedule").objects.filter(pk=self.name).update(
-            last_finished_at=clock.now(), last_outcome=outcome, **kept
+            last_finished_at=clock.now(), last_outcome=outcome, **settled
         )
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -114,6 +116,8 @@ class Declared:
             yield "E005", f"The name {self.name!r} must be letters, digits and underscores, at most 80 of them."
         if inspect.iscoroutinefunction(self.function):
             yield "E004", "It is a coroutine function, which would never be awaited; wrap it in async_to_sync."
+        elif inspect.isgeneratorfunction(self.function) or inspect.isasyncgenfunction(self.function):
+            yield "E004", "It is a generator function, which would never be run; take the yield out of it."
         if self.queue not in queues.names():
             yield "E003", f"There is no queue {self.queue!r} in RQ_QUEUES; add it there or pass another queue=."
         if self.cron is not None and (problem := cron_expressions.problem(self.cron)):
@@ -233,7 +237,8 @@ class Job(Declared):
             raise TypeError(f"{self.name} works on {model._meta.label}, not on {subject._meta.label}.")
         if subject.pk is None or subject._state.adding:
             raise ValueError(f"{subject!r} is not saved yet: save it, then enqueue {self.name}.")
-        return pk_text(subject.pk), subject._state.db or router.db_for_write(model, instance=subject)
+        # The router's answer, since the row may have been read from a replica; without routers it is the row's own.
+        return check_pk(pk_text(subject.pk)), router.db_for_write(type(subject), instance=subject)
 
     def identify_many(self, subjects: Any) -> tuple[Iterator[str], str]:
         """Do the same for a queryset, or for primary keys or rows one by one."""
@@ -243,16 +248,20 @@ class Job(Declared):
         if isinstance(subjects, QuerySet):
             if subjects.model._meta.concrete_model is not self.model._meta.concrete_model:
                 raise TypeError(f"{self.name} works on {self.model._meta.label}, not on {subjects.model._meta.label}.")
-            return map(pk_text, subjects.values_list("pk", flat=True).iterator(chunk_size=enqueue.BATCH)), using
+            pks = subjects.values_list("pk", flat=True).iterator(chunk_size=enqueue.BATCH)
+            return map(pk_text, pks), subjects._db or using  # type: ignore[attr-defined]
         return (self.identify(subject)[0] for subject in subjects), using
 
     def _pk(self, value: Any) -> str:
         if value is None or isinstance(value, bool):
             raise ValueError(f"{value!r} is no primary key; pass a saved row to {self.name}, or its primary key.")
-        return pk_text(pk_value(self.model, pk_text(value)))
+        return check_pk(pk_text(pk_value(self.model, pk_text(value))))
 
     def digest(self, args: Any, kwargs: Any) -> str:
-        """Return what tells one call from another, for uniqueness."""
+        """Return what tells one call from another, for uniqueness, whether arguments are given by place or by name."""
+        with contextlib.suppress(TypeError, ValueError):
+            bound = inspect.signature(self.function).bind(*args, **kwargs)
+            args, kwargs = bound.args, bound.kwargs
         return hashlib.sha256(json.dumps([args, kwargs], sort_keys=True).encode()).hexdigest()[:32]
 
     def rows(self) -> QuerySet[Any]:
@@ -261,11 +270,11 @@ class Job(Declared):
 
     def work(self, row: Any) -> dict[str, Any]:
         if self.is_swept:
-            self.function(row)
-        else:
-            row.start()
-            self.function()
-        return {}
+            _must_have_run(self.function(row), self)
+            return {}
+        kept: dict[str, Any] = row.start()
+        _must_have_run(self.function(), self)
+        return kept
 
     def finish(self, outcome: str, kept: dict[str, Any]) -> None:
         if not self.is_swept:
@@ -285,10 +294,23 @@ class Job(Declared):
             yield "E004", f'unique_until is {self._unique_until!r}; pass "start" or "done".'
         elif self._unique_until is not None and self.unique_for is None:
             yield "E004", "unique_until does nothing without unique_for; pass both."
+        arguments = (object(),) if self.is_swept else ()
+        if self.is_swept or self.is_scheduled:
+            try:
+                inspect.signature(self.function).bind(*arguments)
+            except TypeError as error:
+                given = "the row" if self.is_swept else "nothing"
+                yield "E004", f"It is called with {given}, which its parameters do not allow: {error}."
         if self.is_swept and self.unique_for is not None:
             yield "E006", "unique_for is for plain jobs; a row's id is unique in the queue anyway. Remove it."
         if self.is_swept and self.cron is not None:
             yield "E006", "A job that a sweep feeds has no cron of its own; move it to the sweep."
+
+
+def _must_have_run(returned: Any, job: Job) -> None:
+    """Raise `TypeError` for a result that means that the function has not run yet. Any other is discarded."""
+    if inspect.isawaitable(returned) or inspect.isgenerator(returned):
+        raise TypeError(f"{job.name} returned a {type(returned).__name__}, which nobody will run.")
 
 
 def _is_duration(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """The library's own scheduled work."""
 
 from django.apps import apps
+from django.db import router
 
 from jobs import clock
 from jobs.conf import conf
@@ -13,6 +14,7 @@ BATCH = 10_000
 def selfheal_prune() -> None:
     """Delete the history older than `KEEP_RUNS`, a batch at a time so that no lock is held for long."""
     Run = apps.get_model("selfheal", "Run")
-    old = Run.objects.filter(finished_at__lt=clock.now(-conf.KEEP_RUNS)).order_by("finished_at").values_list("pk")
+    runs = Run.objects.using(router.db_for_write(Run))
+    old = runs.filter(finished_at__lt=clock.now(-conf.KEEP_RUNS)).order_by("finished_at").values_list("pk")
     while batch := [pk for (pk,) in old[:BATCH]]:
-        Run.objects.filter(pk__in=batch).delete()
+        runs.filter(pk__in=batch).delete()

@@ -19,6 +19,7 @@ from redis.exceptions import ResponseError
 from rq.exceptions import NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
+from rq.utils import as_text
 
 from jobs import registry
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # What a plain call's arguments may take up at most, unpacked. Redis may hold anything by the time we read it.
 MAX_CALL_BYTES = 1_000_000
+# PostgreSQL indexes at most 2,704 bytes, and a claim's identity has a job and a model too.
+MAX_PK_BYTES = 2_200
 
 
 def row_id(name: str, pk: str) -> str:
@@ -68,6 +71,13 @@ def pk_value(model: type[Model], text: str) -> Any:
     except (ValidationError, ValueError, TypeError):
         raise ValueError(f"{text!r} is no primary key of {model._meta.label}.") from None
     return tuple(value) if isinstance(value, list) else value
+
+
+def check_pk(text: str) -> str:
+    """Return the text; raise `ValueError` for one that is too long to be indexed."""
+    if len(text.encode()) > MAX_PK_BYTES:
+        raise ValueError(f"A primary key of more than {MAX_PK_BYTES:,} bytes cannot be claimed: {text[:50]}…")
+    return text
 
 
 class Message(Job):
@@ -122,7 +132,10 @@ class Message(Job):
             self.pk = name
             self._describe(declared, [], {})
         elif declared.is_swept:
-            self.pk = decode(rest)
+            self.pk = check_pk(decode(rest))
+            # Another spelling of the same key, such as 042, would be another row to the claims.
+            if pk_text(pk_value(declared.model, self.pk)) != self.pk:
+                raise NoSuchJobError(f"{rest!r} is not how {name} writes a primary key")
             self._describe(declared, [self.pk], {})
         elif declared.takes_calls:
             self._read_call(declared)
@@ -141,6 +154,9 @@ class Message(Job):
             data = unpacker.decompress(cast(bytes, stored[0]), MAX_CALL_BYTES)
             name, instance, args, kwargs = json.loads(data)
             self.attempt = int(stored[1] or 0)
+            if str(self.attempt) != as_text(stored[1] or b"0"):
+                # Redis, which adds to it, reads numbers more strictly.
+                raise ValueError(f"{stored[1]!r} is no number of an attempt")
         except (zlib.error, ValueError, TypeError, RecursionError) as error:
             raise NoSuchJobError(f"its arguments cannot be read: {error}") from None
         if name != declared.name or instance is not None or not isinstance(args, list) or not isinstance(kwargs, dict):

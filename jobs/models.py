@@ -26,9 +26,11 @@ class PrimaryManager(models.Manager):
 class ScheduleQuerySet(models.QuerySet["Schedule"]):
     def owed(self) -> ScheduleQuerySet:
         """Those whose run came due and has not ended yet, whether or not a message about it still exists."""
-        return self.filter(last_enqueued_at__isnull=False).filter(
-            Q(last_finished_at__isnull=True) | Q(last_finished_at__lt=F("last_enqueued_at"))
-        )
+        return self.filter(due_runs__gt=F("settled_runs"))
+
+    def owe(self) -> int:
+        """Owe a run of each from now on. Returns how many schedules that were."""
+        return self.update(due_runs=F("due_runs") + 1, last_enqueued_at=clock.now())
 
 
 def validate_cron(expression: str) -> None:
@@ -58,6 +60,9 @@ class Schedule(models.Model):
         help_text=_("About this many of the sweep's jobs are queued at once. Empty: the code's."),
     )
     next_run_at = models.DateTimeField(_("next run"), null=True, editable=False)
+    # Counted, not compared by time: a clock that was ahead for a moment must not hide what comes due until it is past.
+    due_runs = models.PositiveBigIntegerField(_("runs that came due"), default=0, editable=False)
+    settled_runs = models.PositiveBigIntegerField(_("of these settled"), default=0, editable=False)
     last_enqueued_at = models.DateTimeField(_("last enqueued"), null=True, editable=False)
     last_started_at = models.DateTimeField(_("last started"), null=True, editable=False)
     last_finished_at = models.DateTimeField(_("last finished"), null=True, editable=False)
@@ -77,9 +82,10 @@ class Schedule(models.Model):
     def __str__(self) -> str:
         return self.name
 
-    def start(self) -> None:
-        """Note that the run which is owed has begun."""
+    def start(self) -> dict[str, int]:
+        """Note that a run has begun, and return what it settles: what had come due when this was read, not later."""
         type(self).objects.filter(pk=self.pk).update(last_started_at=clock.now())
+        return {"settled_runs": self.due_runs}
 
 
 class ClaimQuerySet(models.QuerySet["Claim"]):

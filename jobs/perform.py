@@ -29,8 +29,9 @@ logger = logging.getLogger("selfheal")
 
 Outcome = Literal["done", "failed", "not_needed", "busy", "waiting", "quarantined", "disabled"]
 
-# What one attempt may raise without taking its process along. A job that calls sys.exit() has failed.
-FAILURES = (Exception, SystemExit)
+# What of an error is kept. It may be anything, and is written to the database at every attempt.
+LONGEST_ERROR = 10_000
+LONGEST_TRACE = 100_000
 
 
 Guard = Callable[[Declared, Attempt | None], AbstractContextManager[Any]]
@@ -80,7 +81,8 @@ def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome:
         return "not_needed"
     except LeaseLost:
         raise
-    except FAILURES as error:
+    except BaseException as error:
+        _raise_if_asked_to_stop(error)
         logger.exception("%s failed", attempt.work)
         sentence, trace = _sentence(error), _trace(error)
         _write_down(lambda: claims.fail(attempt, sentence, trace, needed=_is_needed(attempt)))
@@ -104,7 +106,8 @@ def perform_call(message: Message, connection: Redis, gone_after: float, guard: 
             raise RuntimeError(f"Its process died in each of its {job.max_attempts} attempts.")
         with guard(job, None):
             job.function(*message.args, **message.kwargs)
-    except FAILURES as error:
+    except BaseException as error:
+        _raise_if_asked_to_stop(error)
         logger.exception("%s failed", message.id)
         if job.max_attempts is not None and attempt >= job.max_attempts:
             enqueue.end_call(message, connection)
@@ -159,12 +162,31 @@ def _write_down(statement: Callable[[], None]) -> None:
             time.sleep(0.5)
 
 
+def _raise_if_asked_to_stop(error: BaseException) -> None:
+    """Let Ctrl-C through, in a test or a shell. Anything else that a job raises is its failure, sys.exit() included."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+
+
 def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    try:
+        said = str(error)
+    except Exception:
+        said = "(it cannot be written as text)"
+    return _storable(f"{type(error).__name__}: {said}")[:LONGEST_ERROR]
 
 
 def _trace(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))
+    try:
+        trace = "".join(traceback.format_exception(error))
+    except Exception:
+        trace = "(it cannot be written as text)"
+    return _storable(trace)[-LONGEST_TRACE:]
+
+
+def _storable(text: str) -> str:
+    """Write as text what PostgreSQL does not take, a NUL, and what no database does, half a surrogate pair."""
+    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
 def _record_call(message: Message, outcome: str, started_at: datetime, error: str = "", trace: str = "") -> None:

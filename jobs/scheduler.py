@@ -25,6 +25,7 @@ from rq_scheduler.scheduler import Scheduler as RQScheduler
 
 from jobs import claims, clock, cron, enqueue, queues, registry, switches
 from jobs.conf import conf
+from jobs.exceptions import Misconfigured
 from jobs.job import Declared, Job
 from jobs.message import Message
 
@@ -81,24 +82,25 @@ def tick() -> list[str]:
 def _take_due(errors: _Errors) -> None:
     """Take the schedules that are due. What is taken is owed from then on, whatever becomes of this process."""
     now = clock.read()
-    disabled = _disabled(registry.declared())
     for schedule in _schedules():
         declared = registry.get(schedule.name)
         if declared is not None and declared.cron is not None:
             with errors.kept():
-                _advance(schedule, schedule.cron or declared.cron, now, is_disabled=declared.name in disabled)
+                _advance(schedule, schedule.cron or declared.cron, now)
 
 
-def _advance(schedule: Schedule, expression: str, now: datetime, is_disabled: bool) -> None:
-    """Set when the schedule is due next, and owe a run if it is due now; one that is switched off lets it pass.
+def _advance(schedule: Schedule, expression: str, now: datetime) -> None:
+    """Set when the schedule is due next, and owe a run if it is due now, to be pushed once it is not switched off.
 
     Of those who try at the same moment one succeeds: the statement asks again for what was read.
     """
-    following = cron.next_time(expression, now)
+    try:
+        following = cron.next_time(expression, now)
+    except Exception as error:
+        raise Misconfigured(f"{schedule} cannot be scheduled: {cron.problem(expression) or error}") from error
     changes: dict[str, Any] = {"next_run_at": following}
     if schedule.next_run_at is not None and schedule.next_run_at <= now:
-        if not is_disabled:
-            changes["last_enqueued_at"] = now
+        changes.update(due_runs=F("due_runs") + 1, last_enqueued_at=now)
     elif schedule.next_run_at == following:
         return
     # Otherwise it is new, or its cron has changed.
@@ -143,13 +145,16 @@ def _push_claims(errors: _Errors) -> None:
 
 
 def _push_claims_of(declared: Declared, due: ClaimQuerySet) -> None:
+    # Others are left from before the job was given another model, or its sweep was taken from it.
+    due = due.filter(job=declared.name, model=claims.label(declared.model))
     queue = queues.get(declared.queue)
-    if not (isinstance(declared, Job) and declared.is_swept):
-        enqueue.push_id(queue, declared.name)
+    if not (isinstance(declared, Job) and declared.sweep):
+        if declared.is_scheduled and due.exists():
+            enqueue.push_id(queue, declared.name)
         return
     queued = enqueue.queued_ids(queue, declared.name)
-    room = declared.limit - len(queued)
-    pks = due.filter(job=declared.name).values_list("object_pk", flat=True)[:DUE_CLAIMS]
+    room = declared.sweep.effective_limit() - len(queued)
+    pks = due.values_list("object_pk", flat=True)[:DUE_CLAIMS]
     ids = [id for pk in pks if (id := declared.id_of(pk).encode()) not in queued]
     enqueue.push_ids(queue, ids[: max(room, 0)])
 

@@ -83,6 +83,11 @@ class Sweep(Declared):
         if not isinstance(found, QuerySet):
             raise Misconfigured(f"{self.name} returned {type(found).__name__}; return a queryset of the rows.")
         query = found.query
+        if query.distinct_fields:
+            raise Misconfigured(
+                f"{self.name} returned a queryset with distinct({', '.join(map(repr, query.distinct_fields))}), which "
+                "means another set of rows when it is asked about one of them. Filter with Exists() instead."
+            )
         if query.is_sliced or query.combinator:
             raise Misconfigured(
                 f"{self.name} returned a queryset that cannot be filtered any further, because it is a "
@@ -91,6 +96,16 @@ class Sweep(Declared):
             )
         if not issubclass(found._iterable_class, ModelIterable):
             raise Misconfigured(f"{self.name} returned values; return a queryset of the rows themselves.")
+        if query.select_for_update:
+            raise Misconfigured(
+                f"{self.name} returned a queryset that locks its rows, which is too early. "
+                "Remove select_for_update(): with_lock() locks the row when the job writes."
+            )
+        if (before := self.__dict__.setdefault("fed_model", found.model)) is not found.model:
+            raise Misconfigured(
+                f"{self.name} returned rows of {found.model._meta.label}, and before that of {before._meta.label}; "
+                "return those of one model, and write a job and a sweep for the other."
+            )
         # A replica may not have heard of the row's last change, and the row is the truth.
         return found if found._db else found.using(router.db_for_write(found.model))  # type: ignore[attr-defined]
 
@@ -104,21 +119,23 @@ class Sweep(Declared):
         if not dry_run and switches.disabled(self.switches):
             return SweepResult()
         rows = self.queryset()
-        if not dry_run:
-            claims.resolve(self.job.name, rows)
         try:
-            return self._feed(rows, dry_run)
+            result = self._feed(rows, dry_run)
         except RedisError as error:
             raise QueueUnavailable(self.name, error) from error
+        if not dry_run:
+            # Last, so that a claim which cannot be asked about holds up no row.
+            claims.resolve(self.job.name, rows)
+        return result
 
     def _feed(self, rows: QuerySet[Any], dry_run: bool) -> SweepResult:
-        limit = self._limit()
+        limit = self.effective_limit()
         queue = queues.get(self.job.queue)
         queued = enqueue.queued_ids(queue, self.job.name)
         unsettled = claims.count(rows.model)
         # Every row is queued, or has room to be, or has a claim: no more need to be read, however long the backlog.
         wanted = rows if rows.ordered else rows.order_by("pk")
-        pks = wanted.values_list("pk", flat=True)[: limit + unsettled].iterator(chunk_size=self.batch_size)
+        pks = _each_once(wanted, limit + unsettled, self.batch_size)
         room = limit - len(queued)
         enqueued = already_queued = waiting = 0
         for batch in enqueue.batches(map(pk_text, pks), self.batch_size):
@@ -134,23 +151,20 @@ class Sweep(Declared):
                     new.append(id)
             if not dry_run:
                 enqueue.push_ids(queue, new, self.jitter)
-            if len(wanted.query.alias_map) > 1:
-                # A join may find a row twice.
-                queued.update(new)
             room -= len(new)
             enqueued += len(new)
             if room <= 0 and already_queued + enqueued >= limit:
                 break
         return SweepResult(enqueued + already_queued + waiting, enqueued, already_queued, waiting)
 
-    def _limit(self) -> int:
+    def effective_limit(self) -> int:
+        """Return the operator's limit if there is one, else the code's."""
         override = apps.get_model("selfheal", "Schedule").objects.filter(pk=self.name).values_list("limit", flat=True)
         return next((limit for limit in override if limit is not None), self.limit)
 
     def work(self, row: Any) -> dict[str, Any]:
         """Sweep, as a run of its schedule, and have the schedule keep the counts."""
-        row.start()
-        return self.sweep()._asdict()
+        return {**row.start(), **self.sweep()._asdict()}
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
@@ -172,6 +186,21 @@ class Sweep(Declared):
             return
         except Exception as error:
             yield "E009", f"{self.name} raised {type(error).__name__}: {error}; it must return a queryset."
+
+
+def _each_once(rows: QuerySet[Any], most: int, chunk_size: int) -> Iterator[Any]:
+    """Yield the first primary keys of a queryset. A join may find a row many times; it counts, and comes, once."""
+    pks = rows.values_list("pk", flat=True)
+    if len(rows.query.alias_map) <= 1:
+        yield from pks[:most].iterator(chunk_size=chunk_size)
+        return
+    seen: set[Any] = set()
+    for pk in pks.iterator(chunk_size=chunk_size):
+        if pk not in seen:
+            if len(seen) >= most:
+                return
+            seen.add(pk)
+            yield pk
 
 
 def sweep(job: Job, *, cron: str, **options: Any) -> Callable[[Callable[[], QuerySet[Any]]], Sweep]:

@@ -43,6 +43,10 @@ LONGEST_RETRY_SECONDS = 5.0
 EXIT_NO_DATABASE = 69
 
 
+def _ignore(signum: int, frame: FrameType | None) -> None:
+    """Do nothing about a signal."""
+
+
 class Worker(RQWorker):
     """rq's worker without what it keeps about each job in Redis: claims and runs are rows in the database."""
 
@@ -165,13 +169,17 @@ class Worker(RQWorker):
         pid, status, was_killed = self._wait_for_child(message)
         self._horse_pid = 0
         if status != 0:
+            # What it had started would work on, beside whoever takes the row next.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
             self._note_death(message, attempt, pid, status, was_killed)
 
     def _be_child(self, message: Message, attempt: claims.Attempt | None) -> None:
         """Perform the message and end the process. Does not return."""
         # A deploy sends SIGTERM to every process it can find; the worker decides what becomes of this one.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # A handler rather than SIG_IGN, which the programs that a job starts would inherit.
+        signal.signal(signal.SIGINT, _ignore)
+        signal.signal(signal.SIGTERM, _ignore)
         code = 1
         try:
             os.setpgrp()
@@ -202,6 +210,7 @@ class Worker(RQWorker):
     @contextlib.contextmanager
     def _guard(self, declared: Declared, attempt: claims.Attempt | None = None) -> Iterator[None]:
         """Around the job's own code: its time limit, and the heartbeat of a claimed row."""
+        claims.of_this_process = attempt
         heartbeat = claims.Heartbeat(attempt) if attempt is not None else contextlib.nullcontext()
         with heartbeat, self.death_penalty_class(declared.timeout_seconds, JobTimeoutException):
             yield
