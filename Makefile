@@ -19,9 +19,12 @@ demo: .venv  ## break everything for a few minutes and count what was lost (ARGS
 run: .venv  ## run the whole stack until Ctrl-C, with the admin in a browser (ARGS="--port 8001")
 	.venv/bin/python -m config.run $(ARGS)
 
-test: .venv  ## run every test; they start their own servers (ARGS="-k name")
+test: .venv  ## run every test, on SQLite and on PostgreSQL; they start their own servers (ARGS="-k name")
 	.venv/bin/python manage.py makemigrations --check --dry-run
 	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@# 5: what ARGS ask for is only in the tests above.
+	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal --postgres tests/integration tests/recovery $(ARGS) \
+		|| [ $$? = 5 ]
 
 lint: .venv  ## check format, style, types and migrations
 	.venv/bin/python -m ruff format --check .

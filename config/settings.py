@@ -101,7 +101,7 @@ LOGGING = {
 
 # The queue: a hint. Losing all of it loses nothing.
 REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379/0")
-RQ_QUEUES = {name: {"URL": REDIS_URL, "DEFAULT_TIMEOUT": 180} for name in ("urgent", "default", "background")}
+RQ_QUEUES = {name: {"URL": REDIS_URL} for name in ("urgent", "default", "background")}
 RQ = {
     "JOB_CLASS": "jobs.message.Message",
     "QUEUE_CLASS": "jobs.queues.Queue",

@@ -1,22 +1,12 @@
-"""What every test starts from: a Redis of its own test process, empty, and nothing of the developer's environment."""
+"""What every test starts from: a Redis of its own test process, empty."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before the settings are read: a test run must leave nothing in the project, and find nothing there. Processes that run
-# tests side by side get this from the one that started them.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    _home = tempfile.TemporaryDirectory(prefix="selfheal-tests-")
-    os.environ["SELFHEAL_HOME"] = _home.name
-for variable in ("REDIS_URL", "DATABASES_FOLDER", "DATABASES_PROVISIONER", "ALLOWED_HOSTS", "SECRET_KEY", "DEBUG"):
-    os.environ.pop(variable, None)
+import pytest
+from redis import Redis
 
-import pytest  # noqa: E402
-from redis import Redis  # noqa: E402
-
-from config.servers import RedisServer  # noqa: E402
+from config.servers import RedisServer
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,9 @@ JOBS = JOBS | {
     name: timedelta(seconds=seconds) for name, seconds in json.loads(os.environ.get("TEST_JOBS", "{}")).items()
 }
 
+# Of the connection itself, as in {"CONN_MAX_AGE": 600}.
+DATABASES["default"] |= json.loads(os.environ.get("TEST_DATABASE", "{}"))
+
 # A file, because the tests that race open it several times; in a folder of its own for each test process, because some
 # tests take the folder away.
 if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":

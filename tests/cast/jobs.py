@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from django.db import DatabaseError
 from django.db.models import QuerySet
 
 from jobs import Backoff, job, sweep, with_lock
@@ -50,11 +51,16 @@ def do_task(task: Task) -> None:
     time.sleep(task.seconds)
     if task.behaviour == "write_without_lock":
         Task.objects.filter(pk=task.pk).update(writes=task.writes + 1)
-    if task.behaviour != "leave_pending":
-        with with_lock(task):
-            task.state = "done"
-            task.writes += 1
-            task.save(update_fields=["state", "writes"])
+    try:
+        if task.behaviour != "leave_pending":
+            with with_lock(task):
+                task.state = "done"
+                task.writes += 1
+                task.save(update_fields=["state", "writes"])
+    except DatabaseError:
+        # The database is away. This process lives, and has given up.
+        note("end", task)
+        raise
     note("end", task)
 
 

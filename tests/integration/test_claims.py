@@ -575,9 +575,25 @@ def test_while_a_job_runs_its_lease_is_renewed_again_and_again(task):
 
 @pytest.mark.usefixtures("quick_heartbeat")
 def test_a_process_whose_token_is_gone_ends_itself(task, robbed):
+    robbed.taken_at = time.monotonic()
     with Watched(robbed) as heartbeat:
         eventually(lambda: heartbeat.reasons)
     assert heartbeat.reasons == [f"do_task of cast.task {task.pk} has lost its lease"]
+
+
+def test_a_process_that_was_frozen_before_it_began_does_not_begin(robbed):
+    robbed.taken_at = time.monotonic() - conf.HEARTBEAT.total_seconds() - 1
+    with pytest.raises(LeaseLost), Watched(robbed):
+        pytest.fail("the job began")
+
+
+def test_one_that_was_slow_but_still_has_its_lease_renews_it_and_begins(task):
+    made = taken(task)
+    Claim.objects.update(lease_expires_at=timezone.now() + timedelta(seconds=1))
+    made.taken_at = time.monotonic() - conf.HEARTBEAT.total_seconds() - 1
+    with Watched(made) as heartbeat:
+        assert Claim.objects.get().lease_expires_at > timezone.now() + conf.LEASE / 2
+    assert heartbeat.armed[0] > time.monotonic() - conf.HEARTBEAT.total_seconds()
 
 
 @pytest.mark.usefixtures("quick_heartbeat")

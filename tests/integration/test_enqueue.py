@@ -13,7 +13,7 @@ from django.utils import timezone
 
 from jobs import job, queues, sweep
 from jobs.job import Job
-from jobs.models import Claim
+from jobs.models import Claim, Schedule
 from jobs.testing import drain, tick
 from tests.cast.jobs import delete_task, do_task, do_ticket, touch_file, unique_until_done
 from tests.cast.models import Task, Ticket
@@ -129,6 +129,32 @@ def test_which_rows_a_queryset_means_is_decided_when_it_is_enqueued(in_redis):
         do_task.enqueue_many(Task.objects.pending())
         Task.objects.create()
     assert in_redis() == [f"do_task-{meant.pk}"]
+
+
+class ReadsFromReplica:
+    """A database router of which only the answers matter: there is no replica here that anybody may ask."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return "replica"
+
+    def db_for_write(self, model: Any, **hints: Any) -> str:
+        return "default"
+
+
+def test_a_row_that_was_read_from_a_replica_waits_for_the_commit_of_the_primary(task, settings, in_redis):
+    settings.DATABASE_ROUTERS = [ReadsFromReplica()]
+    task._state.db = "replica"
+    with transaction.atomic():
+        do_task.enqueue(task)
+        do_task.enqueue_many([task])
+        assert in_redis() == []
+    assert in_redis() == [f"do_task-{task.pk}"]
+
+
+def test_without_routers_the_commit_is_that_of_the_rows_own_database(task):
+    task._state.db = "shard"
+    assert do_task.identify(task)[1] == "shard"
+    assert do_task.identify_many([1])[1] == "default"
 
 
 # --- What can be passed -----------------------------------------------------------------------------------------------
@@ -331,11 +357,11 @@ def test_many_rows_cost_a_round_trip_per_thousand(round_trips, queued, django_as
     assert len(queued()) == 3000
     # A look at what is queued, and one for each thousand.
     assert len(sent) == 1 + 3
-    # The switch, and whether anything is unsettled; only then, for each thousand, which of them wait.
-    with django_assert_num_queries(2):
+    # The switch, the limit, and whether anything is unsettled; only then, for each thousand, which of them wait.
+    with django_assert_num_queries(3):
         do_task.enqueue_many(range(1, 3001))
     claim(Task.objects.create(pk=1), attempts=1)
-    with django_assert_num_queries(2 + 3):
+    with django_assert_num_queries(3 + 3):
         do_task.enqueue_many(range(1, 3001))
 
 
@@ -417,6 +443,14 @@ def test_a_bulk_push_stops_at_the_limit(declaring, queued):
     work.enqueue(7)
     work.enqueue_many(range(10))
     assert queued() == [f"work_a_little-{number}" for number in (7, 0, 1)]
+
+
+def test_an_operators_limit_comes_before_the_codes(queued):
+    Schedule.objects.filter(name="schedule_tasks").update(limit=2)
+    do_task.enqueue_many(range(5))
+    assert queued() == ["do_task-0", "do_task-1"]
+    do_task.enqueue_many(range(5))
+    assert len(queued()) == 2
 
 
 def test_a_bulk_push_in_a_transaction_stops_at_the_limit(declaring, queued):

@@ -1,5 +1,6 @@
 """One message performed: all the ways in which it can end, and what is written down. With the helpers for projects."""
 
+import logging
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -252,16 +253,34 @@ def test_a_sweep_that_breaks_while_its_job_fails_does_not_hide_the_failure(task,
     assert (claim.attempts, claim.last_error) == (1, "RuntimeError: No space left")
 
 
-def test_a_failure_without_words_and_one_with_many(task, doing):
-    errors = [ValueError(), ValueError("x" * 100_000 + "ü\n\x1b[31m")]
+def test_a_failure_without_words_and_one_with_many(task, doing, caplog):
+    # Captured, half a surrogate pair would end the test process itself.
+    caplog.set_level(logging.CRITICAL, logger="selfheal")
+
+    class UnspeakableError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    errors = [
+        (ValueError(), "ValueError: "),
+        (ValueError("ü\n\x00\ud800"), "ValueError: ü\n\\x00\\ud800"),
+        (ValueError("x" * 1_000_000), "ValueError: " + "x" * 9_988),
+        (UnspeakableError(), "UnspeakableError: (it cannot be written as text)"),
+        (GeneratorExit(), "GeneratorExit: "),
+    ]
+
+    raising: list[BaseException] = []
 
     def work(row: Task) -> None:
-        raise errors.pop()
+        raise raising.pop()
 
     made = doing(work)
-    for length in (100_000, 10):
+    for error, written in errors:
+        raising.append(error)
         assert perform(made, task) == "failed"
-        assert len(Run.objects.latest("pk").error) >= length
+        run = Run.objects.latest("pk")
+        assert run.error == Claim.objects.get().last_error == written
+        assert len(run.traceback) <= 100_000
         Claim.objects.update(next_attempt_at=None)
 
 
@@ -418,7 +437,7 @@ def test_drain_performs_everything_and_what_that_adds(declaring, tmp_path):
     tasks = [Task.objects.create() for _ in range(3)]
     Task.objects.create(behaviour="always_raise")
     touch_file.enqueue(str(tmp_path / "file"))
-    Schedule.objects.filter(name="schedule_tasks").update(last_enqueued_at=timezone.now())
+    Schedule.objects.filter(name="schedule_tasks").owe()
     assert tick() == ["schedule_tasks"]
     # The sweep adds the rows, and the queues before its own are looked at again.
     assert drain() == {"done": 1 + 1 + len(tasks), "failed": 1}

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -19,6 +20,12 @@ from tests.integration.conftest import BACKGROUND_LIST
 from tests.integration.test_enqueue import PLAIN, SWEPT
 
 pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture(autouse=True)
+def _short_timeout(settings: Any) -> None:
+    """So that on a busy machine there is still a second's worth of difference between one wait and several."""
+    settings.JOBS = {**settings.JOBS, "REDIS_TIMEOUT": timedelta(milliseconds=200)}
 
 
 @pytest.fixture(params=["refusing_redis", "hanging_redis"])
@@ -68,21 +75,26 @@ def test_a_plain_call_in_a_transaction_is_refused_after_the_row_is_saved():
     assert Task.objects.filter(name="saved").exists()
 
 
+@pytest.mark.parametrize("has_connected", [True, False])
+def test_with_the_default_settings_it_is_a_second_too(has_connected, settings, request, warnings):
+    del settings.JOBS
+    queues._connect.cache_clear()
+    if has_connected:
+        do_task.enqueue(1)
+    request.getfixturevalue("hanging_redis")
+    with within(1):
+        do_task.enqueue(2)
+    assert len(warnings()) == 1
+
+
 @pytest.mark.usefixtures("hanging_redis")
 def test_a_request_that_queues_a_hundred_rows_does_not_wait_a_hundred_times(warnings):
-    with within(1):
+    with within(5):
         for _ in range(100):
             do_task.enqueue(Task.objects.create())
     assert Task.objects.count() == 100
-    assert len(warnings()) == 1
-
-
-@pytest.mark.usefixtures("hanging_redis")
-def test_a_process_that_has_no_connection_yet_waits_no_longer(task, warnings):
-    queues._connect.cache_clear()
-    with within(1):
-        do_task.enqueue(task)
-    assert len(warnings()) == 1
+    # For twice the time-out after each wait, nobody waits. A slow machine gets that far more than once.
+    assert 1 <= len(warnings()) < 10
 
 
 @pytest.mark.usefixtures("hanging_redis")
@@ -94,7 +106,7 @@ def test_nor_do_many_requests_at_once(race):
 
 @pytest.mark.usefixtures("hanging_redis")
 def test_a_hundred_rows_at_commit_do_not_add_up():
-    with within(1.5), transaction.atomic():
+    with within(5), transaction.atomic():
         for _ in range(100):
             do_task.enqueue(Task.objects.create())
     assert Task.objects.count() == 100

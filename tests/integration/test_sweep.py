@@ -9,7 +9,7 @@ import pytest
 from django.contrib.auth.models import Group, Permission
 from django.utils import timezone
 
-from jobs import SweepResult, enqueue, job, queues, sweep
+from jobs import SweepResult, claims, enqueue, job, queues, sweep
 from jobs.exceptions import Misconfigured
 from jobs.models import Claim, Run, Schedule
 from jobs.sweep import Sweep
@@ -364,6 +364,21 @@ def test_a_claim_that_somebody_works_on_is_left_to_them():
     assert Claim.objects.count() == 1
 
 
+def test_nor_one_that_is_taken_at_the_very_moment_when_it_is_looked_at(monkeypatch):
+    task = Task.objects.create(state="done")
+    claim(task, attempts=1)
+    needed = claims._needed
+
+    def needed_and_taken(*arguments: Any) -> set[str]:
+        assert isinstance(claims.take(claims.Attempt(do_task, "cast.task", str(task.pk))), Claim)
+        return needed(*arguments)
+
+    monkeypatch.setattr(claims, "_needed", needed_and_taken)
+    schedule_tasks.sweep()
+    assert Claim.objects.get().lease_key is not None
+    assert not Run.objects.exists()
+
+
 def test_a_claim_of_another_job_is_left_to_its_own_sweep(task):
     claim(task, job="delete_task", quarantined_at=timezone.now())
     schedule_tasks.sweep()
@@ -377,16 +392,19 @@ def test_a_claim_of_a_row_that_still_matches_stays(task):
     assert not Run.objects.exists()
 
 
-def test_many_claims_are_settled_at_once():
-    Task.objects.bulk_create([Task(state="done") for _ in range(1200)])
+def test_of_more_claims_than_are_looked_at_together_each_is_settled_that_can_be():
+    # A thousand are read at a time. These are the first, and the last.
+    Task.objects.bulk_create(
+        [Task(state="done" if number < 5 or number >= 1020 else "pending") for number in range(1030)]
+    )
     now = timezone.now()
     Claim.objects.bulk_create(
         Claim(job="do_task", model="cast.task", object_pk=str(pk), first_claimed_at=now, quarantined_at=now)
-        for pk in Task.objects.values_list("pk", flat=True)
+        for pk in Task.objects.order_by("pk").values_list("pk", flat=True)
     )
-    schedule_tasks.sweep()
-    assert not Claim.objects.exists()
-    assert Run.objects.filter(outcome="resolved").count() == 1200
+    assert schedule_tasks.sweep() == SweepResult(matched=1015, enqueued=0, already_queued=0, waiting=1015)
+    assert Claim.objects.count() == 1015
+    assert Run.objects.filter(outcome="resolved").count() == 15
 
 
 def test_a_claim_on_a_key_that_the_model_no_longer_has_is_settled():
@@ -437,7 +455,7 @@ def test_a_run_keeps_the_counts_and_no_history(queued):
     make(3)
     claim(Task.objects.last(), quarantined_at=timezone.now())
     schedule = Schedule.objects.filter(name="schedule_tasks")
-    schedule.update(last_enqueued_at=timezone.now())
+    schedule.owe()
     tick()
     # The sweep, and the two rows that it queued.
     assert drain() == {"done": 3}

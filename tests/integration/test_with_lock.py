@@ -17,6 +17,7 @@ from jobs.job import Job
 from jobs.models import Claim, Run
 from jobs.testing import drain, perform
 from tests.cast.models import Task, Ticket
+from tests.integration.test_enqueue import ReadsFromReplica
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -296,6 +297,15 @@ def test_outside_a_job_it_is_a_row_lock(task):
     assert not connection.in_atomic_block
     assert of(task).get().writes == 1
     assert not Claim.objects.exists()
+
+
+def test_a_row_that_was_read_from_a_replica_is_locked_on_the_primary(task, settings):
+    settings.DATABASE_ROUTERS = [ReadsFromReplica()]
+    Task.objects.using("default").update(name="changed meanwhile")
+    task._state.db = "replica"
+    with with_lock(task):
+        assert connection.in_atomic_block
+        assert task.name == "changed meanwhile"
 
 
 def test_outside_a_job_a_row_that_is_gone_is_djangos_affair(task):

@@ -7,17 +7,16 @@ waits for a condition, and looks at the row last.
 import json
 import os
 import signal
-import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from django.db import connections
+from django.db import connection, connections
 from django.db.models import F
 from redis import Redis
 
@@ -25,6 +24,7 @@ from config.servers import RedisServer
 from config.stack import Death, Supervisor, manage
 from jobs.clock import timestamp
 from jobs.models import Claim, Run, Schedule
+from tests import database
 from tests.cast.models import Task
 from tests.recovery.traps import Trap
 
@@ -251,6 +251,10 @@ class Stack:
 @contextmanager
 def missing_database(stack: Stack) -> Iterator[None]:
     """Take the database away from the processes: they cannot open it. The test still can."""
+    if connection.vendor == "postgresql":
+        with database.closed():
+            yield
+        return
     way = stack.folder / "database"
     way.rename(stack.folder / "somewhere else")
     yield
@@ -259,24 +263,28 @@ def missing_database(stack: Stack) -> Iterator[None]:
 
 @contextmanager
 def locked_database() -> Iterator[None]:
-    """Hold SQLite's only write lock, as a transaction of somebody who has forgotten about it would."""
-    with closing(sqlite3.connect(connections["default"].settings_dict["NAME"], isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    """Keep everybody from writing."""
+    with database.locked():
         yield
-        other.execute("ROLLBACK")
+
+
+def way_to_the_database(folder: Path) -> str:
+    """Return the URL by which the processes find the test's database; SQLite's way can be taken from them."""
+    if connection.vendor == "postgresql":
+        return database.url()
+    file = Path(connection.settings_dict["NAME"])
+    way = folder / "database"
+    way.symlink_to(file.parent)
+    return database.url(NAME=way / file.name)
 
 
 @pytest.fixture
 def stack(transactional_db: None, tmp_path: Path, settings, monkeypatch) -> Iterator[Stack]:
     """Its Redis runs; its processes are up to the test. None of them outlives it."""
     redis = RedisServer(tmp_path / "redis")
-    database = Path(connections["default"].settings_dict["NAME"])
-    # The way by which the processes find the database, and the test does not.
-    way = tmp_path / "database"
-    way.symlink_to(database.parent)
     environment = {
         "DJANGO_SETTINGS_MODULE": "tests.recovery.settings",
-        "DATABASE_URL": f"sqlite:///{way / database.name}",
+        "DATABASE_URL": way_to_the_database(tmp_path),
         "REDIS_URL": redis.url,
         "SELFHEAL_HOME": str(tmp_path / "home"),
         "TEST_JOBS": json.dumps(INTERVALS),

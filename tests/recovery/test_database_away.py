@@ -2,9 +2,12 @@
 
 import time
 
+import pytest
+
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import LEASE, Stack, locked_database, missing_database
+from tests.recovery.traps import Trap
 
 
 def test_heartbeat_cut_off_from_the_database(stack: Stack) -> None:
@@ -47,13 +50,39 @@ def test_locked_while_everybody_is_at_work(stack: Stack) -> None:
     assert [len(stack.intervals(task)) for task in tasks] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("until", "runs"),
+    [
+        # Within half a lease it tries again: nobody else can have the row by then.
+        ("could not be written down, trying again", ["done"]),
+        # After that the lease runs out, and a sweep settles what the row itself says.
+        ("the database does not answer", ["resolved"]),
+    ],
+)
+def test_locked_when_an_attempt_wants_to_end(stack: Stack, until: str, runs: list[str]) -> None:
+    trap = Trap("before", "jobs.claims.settle", how="SIGSTOP")
+    task = Task.objects.create()
+    do_task.enqueue(task)
+    stack.worker(trap=trap, TEST_DATABASE_TIMEOUT="0.2")
+    child, _ = stack.wait_until_sprung(trap)
+    stack.wait_until_frozen(child)
+    with locked_database():
+        stack.thaw(child)
+        stack.wait_for(lambda: until in stack.log("worker"), until)
+    stack.scheduler()
+    stack.wait_until_done(task)
+    assert [outcome for outcome in stack.runs(task) if outcome != "crashed"] == runs
+    assert stack.writes(task) == 1
+    assert stack.exits == []
+
+
 def test_locked_for_longer_than_the_scheduler_waits(stack: Stack) -> None:
     stack.scheduler(TEST_DATABASE_TIMEOUT="0.5")
     stack.worker(TEST_DATABASE_TIMEOUT="0.5")
     stack.wait_for_sweeps(1)
     task = Task.objects.create()
-    do_task.enqueue(task)
     with locked_database():
+        do_task.enqueue(task)
         stack.wait_for(lambda: "A tick failed" in stack.log("scheduler"), "the scheduler has noticed")
         stack.wait_for(lambda: "the database does not answer" in stack.log("worker"), "the worker has noticed")
         assert stack.state(task) == "pending"

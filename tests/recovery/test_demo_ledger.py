@@ -26,6 +26,10 @@ def run_demo(home, settings: str, *options: str) -> subprocess.CompletedProcess[
     )
 
 
+# The demo brings a SQLite file of its own.
+pytestmark = pytest.mark.sqlite
+
+
 @pytest.fixture
 def home(tmp_path):
     """A folder for the demo, of which no process may remember anything when it has ended."""

@@ -1,5 +1,7 @@
 """A process stands still for longer than its lease (SIGSTOP, a paused machine), and then goes on."""
 
+import json
+
 from jobs.models import Claim
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
@@ -129,3 +131,24 @@ def test_claim_taken_away_from_a_process_that_is_well(stack: Stack) -> None:
     # That it ended says nothing about the row.
     assert stack.runs(task) == ["done"]
     assert stack.exits == []
+
+
+def test_claim_taken_away_before_the_job_writes(stack: Stack) -> None:
+    """Between two heartbeats only the token stands between a process that lost its claim and the row."""
+    task = Task.objects.create(seconds=2.5)
+    stack.scheduler()
+    for name in ("one", "two"):
+        stack.worker(name, TEST_JOBS=json.dumps({**INTERVALS, "HEARTBEAT": 3}))
+    robbed = stack.child_at_work(task)
+    Task.objects.filter(pk=task.pk).update(seconds=5)
+    Claim.objects.filter(object_pk=str(task.pk)).delete()
+    do_task.enqueue(task)
+    other = stack.child_at_work(task)
+    stack.wait_until_gone(robbed.pid)
+    # It wanted to write while the other one was at work, and did not.
+    assert stack.runs(task) == ["lost"]
+    assert other.is_running()
+    assert (stack.state(task), stack.writes(task)) == ("pending", 0)
+    stack.wait_until_done(task)
+    assert stack.runs(task) == ["lost", "done"]
+    assert stack.writes(task) == 1

@@ -5,15 +5,20 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.apps import apps
 from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
+from django.db import connection
+from django.db.models import Count, Exists, F, Q
 
+from config.servers import free_port
+from databases.models import Database
 from jobs import Backoff, checks, job, registry, sweep
 from jobs.conf import DEFAULTS, conf
 from jobs.exceptions import Misconfigured, SelfHealError
-from tests.cast.models import Task
+from tests.cast.models import Parcel, Seat, Task, Truck
 
 EVERY_MINUTE = "* * * * *"
 
@@ -316,3 +321,108 @@ def test_the_errors_have_one_root() -> None:
 
     roots: list[Callable[..., Any]] = [LeaseLost, NoLongerNeeded, QueueUnavailable]
     assert all(issubclass(error, SelfHealError) for error in roots)
+
+
+# --- Around it --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["django_rq", "waffle"])
+def test_e010_an_app_that_is_missing(monkeypatch, name):
+    monkeypatch.setattr(apps, "is_installed", lambda asked: asked != name)
+    expect("E010", f'\'{name}\' is not in INSTALLED_APPS. INSTALLED_APPS += ["django_rq", "waffle", "jobs"]')
+
+
+@pytest.mark.parametrize("path", ["jobs.py", "jobs/__init__.py"])
+def test_w013_another_package_of_its_name(monkeypatch, tmp_path, path):
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    expect("W013", f"{tmp_path / path} cannot be imported: ")
+
+
+def test_a_folder_of_its_name_that_is_no_package_is_in_nobodys_way(monkeypatch, tmp_path):
+    (tmp_path / "jobs").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert found() == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields"),
+    [
+        (lambda: Task.objects.filter(behaviour="x"), "behaviour"),
+        (lambda: Task.objects.filter(behaviour__in=["x", "y"], seconds__lt=F("writes")), "behaviour, seconds"),
+        (lambda: Task.objects.filter(Q(behaviour="x") | ~Q(name="y")), "behaviour, name"),
+    ],
+)
+def test_w011_a_sweep_that_no_index_helps(rows, fields):
+    sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs")(rows)
+    expect("W011", f"no index of cast.Task helps to find its rows, by {fields}. Add one to Meta.indexes, such as")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda: Task.objects.pending(),
+        lambda: Task.objects.filter(behaviour="x", state="pending"),
+        lambda: Task.objects.filter(pk__gt=5, behaviour="x"),
+        lambda: Database.objects.pending(),
+        lambda: Parcel.objects.filter(vehicle__state="pending"),
+        lambda: Truck.objects.filter(state="pending"),
+        lambda: Seat.objects.filter(pk=("hall", 1, "2026-01-01")),
+        # Of these it cannot tell.
+        lambda: Task.objects.none(),
+        lambda: Task.objects.annotate(same=Count("pk")).filter(same=1),
+        lambda: Task.objects.filter(Exists(Task.objects.filter(behaviour="x"))),
+        lambda: Task.objects.extra(where=["1 = 1"]),
+    ],
+)
+def test_a_sweep_that_an_index_may_help(rows):
+    sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs")(rows)
+    assert found() == []
+
+
+def test_w012_long_work_in_a_queue_for_short_work(settings):
+    settings.RQ_QUEUES = {name: {**queue, "DEFAULT_TIMEOUT": 60} for name, queue in settings.RQ_QUEUES.items()}
+    registry._declared.clear()
+    job(timeout=timedelta(minutes=1), name="short")(walk)
+    assert found() == []
+    job(timeout=timedelta(minutes=2))(walk)
+    expect("W012", "its timeout, 0:02:00, is longer than the DEFAULT_TIMEOUT of the queue 'default', 60 seconds")
+
+
+# --- Before a deployment ----------------------------------------------------------------------------------------------
+
+
+def found_before_deployment() -> dict[str, str]:
+    """What only `check --deploy` says, by id."""
+    errors = run_checks(tags=["selfheal"], include_deployment_checks=True)
+    return {error.id.removeprefix("selfheal."): f"{error.msg} {error.hint}" for error in errors}
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_w014_a_redis_that_throws_data_away(redis, policy):
+    redis.config_set("maxmemory-policy", policy)
+    try:
+        assert f"throws data away when its memory is full ({policy})" in found_before_deployment()["W014"]
+    finally:
+        redis.config_set("maxmemory-policy", "noeviction")
+    assert "W014" not in found_before_deployment()
+
+
+def test_w015_a_redis_that_does_not_answer(settings):
+    port = free_port()
+    settings.RQ_QUEUES = {name: {"URL": f"redis://localhost:{port}/0"} for name in settings.RQ_QUEUES}
+    assert found() == []
+    problems = found_before_deployment()
+    assert f"Redis at localhost:{port} does not answer: " in problems["W015"]
+    assert "W014" not in problems
+
+
+def test_w016_a_database_that_cannot_lock_a_row():
+    assert found() == []
+    problems = found_before_deployment()
+    if connection.features.has_select_for_update:
+        assert problems == {}
+    else:
+        assert "The database 'default' (SQLite) cannot lock a row" in problems["W016"]
+        assert "Use PostgreSQL" in problems["W016"]

@@ -1,0 +1,435 @@
+"""Plain jobs: at most so many attempts, at most one copy if asked, and no more durable than Redis is."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import transaction
+from django.utils import timezone
+from redis import Redis
+
+from jobs import Backoff, QueueUnavailable, enqueue, job, queues, registry
+from jobs import perform as performing
+from jobs.message import Message
+from jobs.models import Claim, Run
+from jobs.testing import drain, tick
+from tests.cast.jobs import nightly, touch_file, unique_until_done, unique_until_start
+from tests.integration.conftest import URGENT_LIST
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+LATER = timedelta(hours=2)
+FIRST_DELAY = Backoff(first=timedelta(seconds=10), cap=timedelta(minutes=1))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "file"
+
+
+@pytest.fixture
+def attempts(file: Path) -> Callable[[], int]:
+    """How often `touch_file` was called."""
+    return lambda: len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def pass_time() -> None:
+    """Until every backoff and every time limit is over: what waits comes back into the queue."""
+    tick(now=timezone.now() + LATER)
+
+
+def leftovers(redis: Redis) -> set[bytes]:
+    """Whatever is still in Redis of calls that have ended."""
+    return set(redis.keys()) - {b"rq:queues"}
+
+
+# --- Attempts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_succeeds_leaves_a_run_and_nothing_in_redis(file, attempts, redis):
+    touch_file.enqueue(str(file))
+    assert drain() == {"done": 1}
+    assert attempts() == 1
+    assert leftovers(redis) == set()
+    [run] = Run.objects.all()
+    assert (run.job, run.model, run.object_pk, run.outcome, run.error) == ("touch_file", "", "", "done", "")
+    assert run.started_at <= run.finished_at
+    assert not Claim.objects.exists()
+
+
+def test_a_failure_waits_in_the_delayed_set_with_its_attempt_number(file, attempts, redis, queued, delayed):
+    touch_file.enqueue(str(file), fail_times=1)
+    [id] = queued(URGENT_LIST)
+    assert drain() == {"failed": 1}
+    assert list(delayed()) == [id]
+    assert queued(URGENT_LIST) == []
+    assert redis.hget(f"rq:job:{id}", "attempt") == b"1"
+
+    pass_time()
+
+    assert queued(URGENT_LIST) == [id]
+    assert drain() == {"done": 1}
+    assert attempts() == 2
+    assert leftovers(redis) == set()
+    assert [run.outcome for run in Run.objects.order_by("pk")] == ["failed", "done"]
+
+
+def test_the_wait_is_the_jobs_backoff(declaring, delayed):
+    @job(backoff=FIRST_DELAY)
+    def fails():
+        raise RuntimeError
+
+    fails.enqueue()
+    for longest in (10, 20, 40, 60):
+        drain()
+        [again_at] = delayed().values()
+        assert longest / 2 - 1 <= again_at - time.time() <= longest
+        pass_time()
+
+
+def test_after_its_last_attempt_it_is_given_up(file, attempts, redis):
+    touch_file.enqueue(str(file), fail_times=99)
+    for _ in range(3):
+        assert drain() == {"failed": 1}
+        pass_time()
+    assert drain() == {}
+    assert attempts() == touch_file.max_attempts == 3
+    assert leftovers(redis) == set()
+    runs = Run.objects.order_by("pk")
+    assert [run.error for run in runs] == [f"RuntimeError: attempt {number} fails" for number in (1, 2, 3)]
+    assert "Traceback (most recent call last)" in runs[0].traceback
+
+
+def test_by_default_there_are_five(declaring):
+    calls: list[int] = []
+
+    @job
+    def fails():
+        calls.append(1)
+        raise RuntimeError
+
+    fails.enqueue()
+    for _ in range(8):
+        drain()
+        pass_time()
+    assert len(calls) == 5
+
+
+def test_without_an_end_it_goes_on(declaring):
+    calls: list[int] = []
+
+    @job(max_attempts=None)
+    def fails():
+        calls.append(1)
+        raise SystemExit
+
+    fails.enqueue()
+    for _ in range(8):
+        drain()
+        pass_time()
+    assert len(calls) == 8
+
+
+def test_arguments_that_do_not_fit_are_a_failure(declaring):
+    @job
+    def takes_two(one, two):
+        pass
+
+    takes_two.enqueue(1)
+    assert drain() == {"failed": 1}
+    assert Run.objects.get().error.startswith("TypeError: ")
+
+
+# --- A process that dies ----------------------------------------------------------------------------------------------
+
+
+def started(file: Path, redis: Redis, gone_after: float = 100, **options: Any) -> Any:
+    """Begin a call as a worker does, which is killed before it ends; return the message."""
+    touch_file.enqueue(str(file), **options)
+    popped = queues.Queue.dequeue_any([queues.get("urgent")], None, connection=redis)
+    message = popped[0]
+    assert enqueue.start_call(message, redis, gone_after) == 1
+    return message
+
+
+def test_a_call_in_work_waits_in_the_delayed_set_for_the_death_of_its_process(file, redis, delayed, queued):
+    message = started(file, redis)
+    assert delayed()[message.id] == pytest.approx(time.time() + 100, abs=5)
+    tick()
+    assert queued(URGENT_LIST) == []
+
+
+def test_a_worker_killed_with_its_child_costs_a_delay_and_not_the_call(file, redis, attempts):
+    started(file, redis)
+    pass_time()
+    assert drain() == {"done": 1}
+    assert attempts() == 1
+    assert leftovers(redis) == set()
+
+
+def test_a_process_that_dies_each_time_is_given_up_in_the_end(file, redis, attempts, queued):
+    started(file, redis)
+    for number in (2, 3):
+        pass_time()
+        popped = queues.Queue.dequeue_any([queues.get("urgent")], None, connection=redis)
+        assert enqueue.start_call(popped[0], redis, 100) == number
+    pass_time()
+    # The sweeps of the cast may have come due as well.
+    assert drain()["failed"] == 1
+    assert attempts() == 0
+    assert leftovers(redis) == set()
+    assert "Its process died in each of its 3 attempts" in Run.objects.get().error
+
+
+def test_a_call_that_has_ended_is_not_run_again_by_a_late_copy(file, redis, attempts, queued):
+    touch_file.enqueue(str(file))
+    [id] = queued(URGENT_LIST)
+    message = Message.fetch(id, connection=redis)
+    assert drain() == {"done": 1}
+    redis.rpush(URGENT_LIST, id)
+    assert drain() == {}
+    # And not by one that was popped before the call ended.
+    assert enqueue.start_call(message, redis, 100) == 0
+    assert attempts() == 1
+    assert leftovers(redis) == set()
+
+
+def test_losing_redis_loses_the_call_and_breaks_nothing(file, redis, attempts):
+    touch_file.enqueue(str(file))
+    redis.flushall()
+    assert drain() == {}
+    assert attempts() == 0
+    touch_file.enqueue(str(file))
+    assert drain() == {"done": 1}
+
+
+@pytest.mark.parametrize("lost", ["hash", "list"])
+def test_losing_half_of_it_too(file, redis, attempts, queued, lost, caplog):
+    touch_file.enqueue(str(file))
+    [id] = queued(URGENT_LIST)
+    redis.delete(f"rq:job:{id}" if lost == "hash" else URGENT_LIST)
+    assert drain() == {}
+    if lost == "hash":
+        assert "its arguments are gone from Redis" in caplog.text
+    touch_file.enqueue(str(file))
+    assert drain() == {"done": 1}
+
+
+# --- Unique -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_call_with_the_same_arguments_is_not_queued(queued, redis):
+    for _ in range(3):
+        assert unique_until_done.enqueue(1) is None
+    unique_until_done.enqueue_many([1, 1, (1,)])
+    unique_until_done.enqueue_with_jitter(1, max_wait=LATER)
+    assert len(queued(URGENT_LIST)) == 1
+    assert redis.zcard(queues.DELAYED_KEY) == 0
+    # Nor is anything left of those that were turned away.
+    assert len(redis.keys("rq:job:*")) == 1
+
+
+def test_other_arguments_are_another_call(queued):
+    unique_until_done.enqueue(1)
+    unique_until_done.enqueue(2)
+    unique_until_done.enqueue(1, fail=False)
+    unique_until_done.enqueue("1")
+    unique_until_start.enqueue(1)
+    assert len(queued(URGENT_LIST)) == 5
+
+
+def test_the_order_of_keywords_does_not_matter(declaring, queued):
+    @job(queue="urgent", unique_for=LATER)
+    def once(**options):
+        pass
+
+    once.enqueue(a=1, b={"c": 1, "d": 2})
+    once.enqueue(b={"d": 2, "c": 1}, a=1)
+    assert len(queued(URGENT_LIST)) == 1
+
+
+def test_enqueued_at_once_from_everywhere_it_is_queued_once(race, queued):
+    race(*[lambda: [unique_until_done.enqueue(1) for _ in range(5)] for _ in range(8)])
+    assert len(queued(URGENT_LIST)) == 1
+
+
+def test_until_done_it_is_free_again_when_it_has_ended(queued, redis):
+    unique_until_done.enqueue(1)
+    assert drain() == {"done": 1}
+    assert leftovers(redis) == set()
+    unique_until_done.enqueue(1)
+    assert len(queued(URGENT_LIST)) == 1
+
+
+def test_until_done_it_is_taken_while_it_runs_and_while_it_waits_for_its_next_attempt(declaring, queued, delayed):
+    seen: list[int] = []
+
+    @job(queue="urgent", unique_for=LATER, max_attempts=2)
+    def once():
+        once.enqueue()
+        seen.append(len(queued(URGENT_LIST)))
+        raise RuntimeError
+
+    once.enqueue()
+    assert drain() == {"failed": 1}
+    assert seen == [0]
+    once.enqueue()
+    assert queued(URGENT_LIST) == []
+    pass_time()
+    assert drain() == {"failed": 1}
+    # Given up is an end as well.
+    once.enqueue()
+    assert len(queued(URGENT_LIST)) == 1
+
+
+def test_until_start_it_is_free_again_when_it_starts(declaring, queued):
+    seen: list[int] = []
+
+    @job(queue="urgent", unique_for=LATER, unique_until="start")
+    def once(again):
+        if again:
+            once.enqueue(False)
+            once.enqueue(True)
+            seen.append(len(queued(URGENT_LIST)))
+            raise SystemExit
+
+    once.enqueue(True)
+    once.enqueue(True)
+    assert len(queued(URGENT_LIST)) == 1
+    assert drain_one() == "failed"
+    assert seen == [2]
+
+
+def drain_one() -> str:
+    queue = queues.get("urgent")
+    message, _ = queues.Queue.dequeue_any([queue], None, connection=queue.connection)
+    return performing.perform_call(message, queue.connection, gone_after=0)
+
+
+def test_until_start_a_later_attempt_does_not_free_the_place_of_a_newer_call(declaring, queued, redis):
+    @job(queue="urgent", unique_for=LATER, unique_until="start")
+    def once():
+        raise RuntimeError
+
+    once.enqueue()
+    assert drain_one() == "failed"
+    once.enqueue()
+    [newer] = queued(URGENT_LIST)
+    [key] = redis.keys("selfheal:unique:*")
+    assert redis.get(key).decode() == newer
+    # The first call's second attempt begins, and ends.
+    redis.lpop(URGENT_LIST)
+    pass_time()
+    assert drain_one() == "failed"
+    assert redis.get(key).decode() == newer
+    once.enqueue()
+    assert queued(URGENT_LIST) == []
+
+
+def test_never_longer_than_it_was_asked_for(declaring, queued, redis):
+    @job(queue="urgent", unique_for=timedelta(milliseconds=50))
+    def once():
+        pass
+
+    once.enqueue()
+    [key] = redis.keys("selfheal:unique:once:*")
+    assert 0 < redis.pttl(key) <= 50
+    deadline = time.monotonic() + 10
+    while redis.exists(key):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    once.enqueue()
+    assert len(queued(URGENT_LIST)) == 2
+
+
+def test_a_minute_is_a_minute(redis):
+    unique_until_start.enqueue(1)
+    [key] = redis.keys("selfheal:unique:unique_until_start:*")
+    assert 59_000 < redis.pttl(key) <= 60_000
+
+
+def test_the_end_of_an_expired_call_does_not_free_the_place_of_a_newer_one(declaring, redis, queued):
+    @job(queue="urgent", unique_for=LATER)
+    def once():
+        pass
+
+    once.enqueue()
+    [key] = redis.keys("selfheal:unique:*")
+    redis.delete(key)
+    once.enqueue()
+    newer = queued(URGENT_LIST)[1].encode()
+    assert drain_one() == "done"
+    assert redis.get(key) == newer
+
+
+def test_a_rolled_back_call_takes_no_place(queued):
+    with transaction.atomic():
+        unique_until_done.enqueue(1)
+        transaction.set_rollback(True)
+    unique_until_done.enqueue(1)
+    assert len(queued(URGENT_LIST)) == 1
+
+
+def test_a_unique_call_that_waits_keeps_the_others_out(delayed, queued):
+    unique_until_done.enqueue_with_jitter(1, max_wait=LATER, min_wait=LATER)
+    unique_until_done.enqueue(1)
+    assert len(delayed()) == 1
+    assert queued(URGENT_LIST) == []
+    tick(now=timezone.now() + LATER)
+    assert drain() == {"done": 1}
+
+
+# --- Calls of a cron job ----------------------------------------------------------------------------------------------
+
+
+def test_a_cron_job_can_be_called_too_and_that_is_no_run_of_its_schedule(queued):
+    nightly.enqueue()
+    [id] = queued()
+    assert id.startswith("nightly-")
+    assert drain() == {"done": 1}
+    assert Run.objects.get().object_pk == ""
+
+
+def test_switched_off_its_calls_are_dropped(queued, redis, switch):
+    nightly.enqueue()
+    switch("nightly")
+    assert drain() == {"disabled": 1}
+    assert leftovers(redis) == set()
+    nightly.enqueue()
+    assert queued() == []
+
+
+def test_a_plain_job_has_no_switch(file, attempts, switch):
+    assert not touch_file.is_scheduled
+    switch("touch_file")
+    touch_file.enqueue(str(file))
+    assert drain() == {"done": 1}
+
+
+# --- Jobs that were taken out of the code -----------------------------------------------------------------------------
+
+
+def test_a_call_of_a_job_that_is_no_longer_declared_is_dropped_and_logged(queued, caplog):
+    with registry.sandbox():
+
+        @job(queue="urgent")
+        def short_lived():
+            pass
+
+        short_lived.enqueue()
+    assert drain() == {}
+    assert "no job or sweep named 'short_lived' is declared in this project" in caplog.text
+
+
+def test_a_queue_that_was_taken_out_of_the_settings_says_so(settings, declaring):
+    @job(queue="urgent")
+    def urgent():
+        pass
+
+    del settings.RQ_QUEUES["urgent"]
+    with pytest.raises(Exception, match="There is no queue 'urgent' in RQ_QUEUES; add it there") as refusal:
+        urgent.enqueue()
+    assert not isinstance(refusal.value, QueueUnavailable)

@@ -1,0 +1,85 @@
+"""How PostgreSQL finds the rows of a sweep: by the partial index, however many rows need nothing."""
+
+import re
+from typing import Any
+
+import pytest
+from django.contrib.auth import get_user_model
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+
+from databases.jobs import schedule_database_deletions, schedule_databases
+from databases.models import Database
+from jobs.models import Claim
+from jobs.sweep import Sweep
+from tests.cast.jobs import schedule_tasks
+from tests.cast.models import Task
+
+pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
+
+MANY = 50_000
+
+
+@pytest.fixture
+def many_ready(db: None) -> None:
+    """A table of rows that need nothing, and what the planner knows about it."""
+    owner = get_user_model().objects.create_user("owner")
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO databases_database (name, owner_id, state, created_at, path) "
+            "SELECT 'db_' || n, %s, 'ready', now(), '' FROM generate_series(1, %s) n",
+            [owner.pk, MANY],
+        )
+        cursor.execute("ANALYZE databases_database")
+
+
+def plans(sweep: Sweep) -> list[str]:
+    """Return how each statement that a sweep sends about its rows would be executed."""
+    table = sweep.fed_model._meta.db_table
+    with CaptureQueriesContext(connection) as queries:
+        sweep.sweep()
+    asked = [query["sql"] for query in queries if f'FROM "{table}"' in query["sql"]]
+    assert asked
+    with connection.cursor() as cursor:
+        explained = []
+        for statement in asked:
+            cursor.execute(f"EXPLAIN {statement}")
+            explained.append("\n".join(line for (line,) in cursor.fetchall()))
+    return explained
+
+
+@pytest.fixture(params=[False, True], ids=["cursors of the server", "none of them"])
+def cursors(request: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(connection.settings_dict, "DISABLE_SERVER_SIDE_CURSORS", request.param)
+
+
+@pytest.mark.usefixtures("cursors", "many_ready")
+@pytest.mark.parametrize(
+    ("sweep", "index"),
+    [(schedule_databases, "databases_pending"), (schedule_database_deletions, "databases_deleting")],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_an_idle_sweep_reads_the_index_alone(sweep, index):
+    for explained in plans(sweep):
+        assert re.search(rf"Index (Only )?Scan using {index}", explained), explained
+        assert "Seq Scan" not in explained
+
+
+@pytest.mark.usefixtures("cursors", "many_ready")
+def test_so_does_one_that_also_looks_at_unsettled_claims():
+    database = Database.objects.first()
+    Claim.objects.create(
+        job="create_database", model="databases.database", object_pk=str(database.pk), first_claimed_at="2026-01-01T00Z"
+    )
+    for explained in plans(schedule_databases):
+        assert "Index" in explained, explained
+        assert "Seq Scan" not in explained
+    assert not Claim.objects.exists()
+
+
+@pytest.mark.usefixtures("cursors")
+def test_a_backlog_is_queued_in_batches_with_and_without_cursors_of_the_server(queued):
+    Task.objects.bulk_create([Task() for _ in range(2500)])
+    assert schedule_tasks.sweep() == (2500, 2500, 0, 0)
+    assert schedule_tasks.sweep() == (2500, 0, 2500, 0)
+    assert len(queued()) == 2500
