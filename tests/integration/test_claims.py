@@ -287,6 +287,29 @@ def test_a_lease_that_has_not_expired_is_not(task):
         taken(task)
 
 
+def test_one_that_was_renewed_at_the_last_moment_is_not_taken_over(task):
+    """Between the look at an expired lease and the statement that ends it."""
+    made = taken(task)
+    let_expire()
+    seen = Claim.objects.get()
+    claims.renew(made.token)
+    claims.expire(seen)
+    assert Claim.objects.get().token == made.token
+    assert not Run.objects.exists()
+
+
+def test_nor_is_one_that_runs_out_between_two_statements(task, monkeypatch):
+    """It is taken over by whoever comes next, and its crash is counted then."""
+    made = taken(task)
+    let_expire()
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "expire", lambda claim: None)
+        assert take(task) == "busy"
+    assert Claim.objects.get().token == made.token
+    taken(task)
+    assert Claim.objects.get().crashes == 1
+
+
 def test_another_job_takes_over_and_the_crash_is_counted_where_it_happened(task):
     taken(task)
     let_expire()

@@ -267,6 +267,7 @@ def test_of_two_ticks_at_once_one_takes_what_is_due(sweeping, race, queued):
         taken = race(*[lambda due=due: tick(now=due + timedelta(seconds=1))] * 4)
         assert [names for names in taken if names] == [["schedule_work"]]
         assert queued(BACKGROUND_LIST) == ["schedule_work"]
+        assert schedule(sweeping).due_runs == number + 1
         assert drain()["done"] == 1
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import Group, Permission
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from jobs import SweepResult, claims, enqueue, job, queues, sweep
@@ -177,8 +179,11 @@ def test_the_order_is_the_querysets(sweeping, queued):
 
 def test_without_an_order_the_oldest_key_comes_first(sweeping, queued):
     tasks = make(5)
-    sweeping(lambda: Task.objects.all()).sweep()
+    with CaptureQueriesContext(connection) as captured:
+        sweeping(lambda: Task.objects.all()).sweep()
     assert queued() == [f"work-{task.pk}" for task in tasks]
+    # It may have come so by chance.
+    assert [query for query in captured if 'FROM "cast_task" ORDER BY' in query["sql"]]
 
 
 def test_no_more_than_the_limit_are_queued_the_oldest_first(sweeping, queued):
@@ -241,7 +246,7 @@ def test_an_operators_limit_comes_before_the_codes(queued):
     assert schedule_tasks.sweep().enqueued == 5
 
 
-def test_a_backlog_is_not_read_to_its_end(sweeping, monkeypatch):
+def test_a_backlog_is_not_read_to_its_end(sweeping, redis, monkeypatch):
     make(50)
     seen: list[str] = []
     batches = enqueue.batches
@@ -250,8 +255,16 @@ def test_a_backlog_is_not_read_to_its_end(sweeping, monkeypatch):
         return batches((seen.append(item) or item for item in items), size)
 
     monkeypatch.setattr(enqueue, "batches", watched)
-    result = sweeping(limit=5, batch_size=2).sweep()
+    swept = sweeping(limit=5, batch_size=2)
+    result = swept.sweep()
     assert result.enqueued == 5
+    assert len(seen) <= 7
+
+    # Nor when the queue is full of ids of which it meets none.
+    redis.delete("rq:queue:default")
+    redis.rpush("rq:queue:default", *[f"work-{number}" for number in range(-5, 0)])
+    seen.clear()
+    assert swept.sweep().enqueued == 0
     assert len(seen) <= 7
 
 

@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 from django.db.models import Q
 from django.utils import timezone
+from waffle.models import Switch
 
 from jobs import clock
 from jobs.models import Run, Schedule
@@ -79,6 +80,8 @@ def test_killed_between_two_loads_of_what_is_due(stack: Stack) -> None:
 
 
 def test_killed_while_it_queues_what_backed_off(stack: Stack) -> None:
+    # Nor can a sweep hide what the ticks forget.
+    Switch.objects.filter(name="disable_schedule_tasks").update(active=True)
     trap = Trap("before", "jobs.scheduler._push_claims_of")
     task = Task.objects.create(behaviour="raise_once")
     do_task.enqueue(task)
