@@ -42,7 +42,8 @@ def _contained(declared: Declared, attempt: Attempt | None) -> Iterator[None]:
     Elsewhere the statement fails alone, and what the job wrote before stays. Here that goes with it.
     """
     around = [each.alias for each in connections.all(initialized_only=True) if each.in_atomic_block]
-    savepoints = {alias: transaction.savepoint(alias) for alias in around}
+    # The connection's own method: the function in django.db.transaction has another name from Django 6.1 on.
+    savepoints = {alias: savepoint for alias in around if (savepoint := connections[alias].savepoint())}
     is_broken = False
     try:
         yield

@@ -471,6 +471,17 @@ def test_seen_and_unseen_deaths_together_are_ten(task):
     assert claim.quarantined_at is not None
 
 
+def test_a_process_that_had_stopped_renewing_was_ended_by_its_watchdog_which_is_not_the_rows_doing(task):
+    for number in range(1, 5):
+        made = taken(task)
+        age(lease_expires_at=timezone.now() + conf.lease_margin / 2)
+        claims.record_death(made, 7, "Killed.")
+        claim = Claim.objects.get()
+        assert (claim.deaths, claim.crashes, claim.quarantined_at) == (0, number, None)
+        assert claim.last_error == "It could not renew its lease in time. Killed."
+        Claim.objects.update(next_attempt_at=None)
+
+
 def test_a_death_after_the_end_is_no_death(task):
     made = taken(task)
     claims.settle(made, {})
@@ -598,7 +609,8 @@ def test_while_a_job_runs_its_lease_is_renewed_again_and_again(task):
 
 @pytest.mark.usefixtures("quick_heartbeat")
 def test_a_process_whose_token_is_gone_ends_itself(task, robbed):
-    robbed.taken_at = time.monotonic()
+    # Not so long ago that it would not even begin, however slow this machine is.
+    robbed.taken_at = time.monotonic() + 60
     with Watched(robbed) as heartbeat:
         eventually(lambda: heartbeat.reasons)
     assert heartbeat.reasons == [f"do_task of cast.task {task.pk} has lost its lease"]
@@ -630,22 +642,20 @@ def test_a_process_whose_job_runs_away_is_killed(task, monkeypatch):
 
 def test_a_process_that_could_not_renew_in_time_ends_itself(task, settings, monkeypatch):
     settings.JOBS = {**settings.JOBS, "HEARTBEAT": timedelta(milliseconds=20), "LEASE": timedelta(milliseconds=600)}
-    tried: list[float] = []
+    tried: list[str] = []
 
     def renew(token: str) -> bool:
-        tried.append(time.monotonic())
+        tried.append(token)
         raise OperationalError("the database is away")
 
-    made = taken(task)
-    monkeypatch.setattr(claims, "renew", renew)
-    began = time.monotonic()
-    with Watched(made) as heartbeat:
+    with Watched(taken(task)) as heartbeat:
+        monkeypatch.setattr(claims, "renew", renew)
         eventually(lambda: heartbeat.reasons)
+        ended_at = time.monotonic()
     assert heartbeat.reasons == [f"do_task of cast.task {task.pk} could not renew its lease in time"]
     # It went on trying until a sixth of the lease was left, as 10 of 60 seconds are.
-    assert 0.45 <= tried[-1] - began < 5
-    assert len(tried) > 3
-    assert len(heartbeat.armed) == 1
+    assert ended_at - heartbeat.armed[-1] >= 0.5
+    assert tried
 
 
 @pytest.mark.usefixtures("quick_heartbeat")

@@ -15,7 +15,7 @@ from jobs import job, queues, sweep
 from jobs.job import Job
 from jobs.models import Claim, Schedule
 from jobs.testing import drain, tick
-from tests.cast.jobs import delete_task, do_task, do_ticket, touch_file, unique_until_done
+from tests.cast.jobs import delete_task, do_keyed, do_task, do_ticket, touch_file, unique_until_done
 from tests.cast.models import Task, Ticket
 from tests.integration.conftest import DEFAULT_LIST, URGENT_LIST
 
@@ -227,6 +227,13 @@ def test_what_can_be_no_key_is_refused(wrong, in_redis):
     for enqueue in (do_task.enqueue, lambda subject: do_task.enqueue_many([subject])):
         with pytest.raises(ValueError, match="is no primary key"):
             enqueue(wrong)
+    assert in_redis() == []
+
+
+def test_a_truth_value_is_no_key_either_where_any_text_would_be(in_redis):
+    for wrong in (True, False, None):
+        with pytest.raises(ValueError, match="is no primary key"):
+            do_keyed.enqueue(wrong)
     assert in_redis() == []
 
 

@@ -178,6 +178,10 @@ REFUSED_IDS = {
     "with a malformed key": b"do_task-_zz",
     "with a key's second encoding": b"do_task-_31",
     "with a key in no encoding": b"do_task-_FF",
+    "with a key's second spelling": b"do_task-0001",
+    "with a key that the model cannot have": b"do_task-abc",
+    "with a UUID in capitals": b"do_ticket-7B0C1E62-44F8-4D0C-8F6E-1F8B7A5F5B01",
+    "of a sweep with a row": b"schedule_tasks-1",
 }
 
 
@@ -210,7 +214,7 @@ REFUSED_CALLS = {
     "more than is allowed": lambda evidence: {
         "data": pack("touch_file", None, [str(evidence)], {"padding": " " * MAX_CALL_BYTES})
     },
-    "a bomb": lambda evidence: {"data": zlib.compress(b" " * 300_000_000, 1)},
+    "a bomb": lambda evidence: {"data": zlib.compress(b" " * 30_000_000, 1)},
     "an attempt that is no number": lambda evidence: {
         "data": pack("touch_file", None, [str(evidence)], {}),
         "attempt": "many",

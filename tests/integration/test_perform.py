@@ -407,12 +407,15 @@ class InATestCase(TestCase):
 
             @job(name="work")
             def work(task):
+                Task.objects.update(name="written before the error")
                 Ticket.objects.create(pk=ticket.pk)
 
             sweep(work, cron="0 0 1 1 *", name="schedule_work")(Task.objects.pending)
             assert perform(work, Task.objects.create()) == "failed"
             assert "IntegrityError" in Claim.objects.get().last_error
             assert Ticket.objects.count() == 1
+            # What the job wrote is taken back with the statement that failed; what the test wrote is not.
+            assert Task.objects.get().name == ""
 
 
 def test_a_plain_job_is_not_performed_but_called_or_drained(task):

@@ -246,6 +246,27 @@ def test_what_has_ended_is_not_owed(hourly, queued):
     assert row.last_enqueued_at <= row.last_started_at <= row.last_finished_at
 
 
+def test_what_comes_due_while_a_run_is_at_work_is_another_run(nothing_else, queued):
+    runs: list[int] = []
+
+    @job(cron="0 0 1 1 *")
+    def busy():
+        runs.append(1)
+        if len(runs) == 1:
+            owe(busy)
+            owe(busy)
+            assert tick() == []
+
+    owe(busy)
+    tick()
+    assert drain() == {"done": 1}
+    # What came due meanwhile is one run.
+    assert tick() == ["busy"]
+    assert drain() == {"done": 1}
+    assert tick() == []
+    assert len(runs) == 2
+
+
 def test_a_late_copy_of_a_run_that_has_ended_is_not_needed(hourly, redis):
     owe(hourly)
     tick()

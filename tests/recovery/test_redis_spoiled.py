@@ -12,7 +12,7 @@ from rq import Worker
 from jobs.models import Run
 from tests.cast.jobs import do_task, touch_file
 from tests.cast.models import Task
-from tests.recovery.conftest import SOON, Stack
+from tests.recovery.conftest import Stack
 
 
 class Evil:
@@ -87,7 +87,7 @@ def test_malformed_messages_in_the_delayed_set(stack: Stack, tmp_path: Path) -> 
     stack.client.zadd("rq:scheduler:scheduled_jobs", {"nobody-2": float("-inf")})
     stack.scheduler()
     stack.worker()
-    stack.wait_until_done(*good, seconds=SOON)
+    stack.wait_until_done(*good)
     go_on(stack)
     assert stack.delayed() == {}
     assert not evil.exists()
@@ -125,7 +125,7 @@ def test_hashes_of_other_programs(stack: Stack, tmp_path: Path) -> None:
     stack.client.set("rq:job:touch_file-text", "a string where a hash should be")
     # Many of them: they must not cost the worker a pause each, as a Redis would that does not answer.
     stack.client.rpush("rq:queue:default", *ids, *["touch_file-text"] * 20, f"do_task-{task.pk}")
-    stack.wait_until_done(task, seconds=2 * SOON)
+    stack.wait_until_done(task)
     stack.wait_until_drained()
     go_on(stack)
     assert not evil.exists()

@@ -38,7 +38,7 @@ def is_over(name: str = "nightly") -> bool:
     [
         Trap("before", "jobs.scheduler._take_due"),
         # Looked at, and not taken.
-        Trap("before", "jobs.cron.next_time"),
+        Trap("before", "jobs.scheduler._advance"),
         # Taken, and not pushed.
         Trap("before", "jobs.scheduler._push_owed"),
         Trap("before", "jobs.enqueue.push_id"),
@@ -103,6 +103,26 @@ def test_killed_again_and_again(stack: Stack) -> None:
         stack.wait_until_done(*tasks)
     assert [stack.writes(task) for task in tasks] == [1, 1, 1]
     assert {death.name for death in stack.exits} == {"scheduler"}
+
+
+def test_frozen_before_the_take(stack: Stack) -> None:
+    trap = Trap("before", "jobs.scheduler._advance", how="SIGSTOP")
+    come_due()
+    stack.scheduler("one", trap=trap)
+    frozen, _ = stack.wait_until_sprung(trap)
+    stack.wait_until_frozen(frozen)
+    stack.worker()
+    stack.scheduler("two")
+    stack.wait_for(is_over, "the run that was due")
+    taken_at = Schedule.objects.get(name="nightly").last_enqueued_at
+    stack.kill(stack.pid("two"))
+    stack.supervisor.hold("two")
+    # It still believes that the run is due, and finds that it is taken.
+    stack.thaw(frozen)
+    stack.wait_for_sweeps(2)
+    assert Schedule.objects.get(name="nightly").last_enqueued_at == taken_at
+    assert nights() == ["done"]
+    assert stack.pid("one") == frozen
 
 
 def test_frozen_between_the_take_and_the_push(stack: Stack) -> None:

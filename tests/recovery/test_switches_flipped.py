@@ -4,7 +4,7 @@ from waffle.models import Switch
 
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
-from tests.recovery.conftest import SOON, Stack
+from tests.recovery.conftest import Stack
 
 
 def switch(name: str, on: bool) -> None:
@@ -32,7 +32,7 @@ def test_a_job_switched_off_while_its_rows_are_queued(stack: Stack) -> None:
     assert stack.queued() == []
     assert {event["task"] for event in stack.events()} == {at_work.pk}
     switch("disable_do_task", on=False)
-    stack.wait_until_done(later, *queued, seconds=SOON)
+    stack.wait_until_done(later, *queued)
     assert [stack.runs(task) for task in (at_work, later, *queued)] == [["done"]] * 7
 
 
@@ -50,7 +50,7 @@ def test_a_sweep_switched_off(stack: Stack) -> None:
     assert stack.state(found) == "pending"
     assert not stack.intervals(found)
     switch("disable_schedule_tasks", on=False)
-    stack.wait_until_done(found, seconds=SOON)
+    stack.wait_until_done(found)
 
 
 def test_a_job_switched_off_while_a_row_backs_off(stack: Stack) -> None:
@@ -63,5 +63,5 @@ def test_a_job_switched_off_while_a_row_backs_off(stack: Stack) -> None:
     stack.wait_until_drained()
     assert stack.runs(task) == ["failed"]
     switch("disable_do_task", on=False)
-    stack.wait_until_done(task, seconds=SOON)
+    stack.wait_until_done(task)
     assert stack.runs(task) == ["failed", "done"]
