@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
@@ -78,7 +79,7 @@ def free_port() -> int:
     raise ServerError("No free port was found between 20000 and 32000 on 127.0.0.1.")
 
 
-class Server:
+class Server(ABC):
     """What our own servers share: one process on a port of 127.0.0.1, with its files in `folder`.
 
     Its port, and so its `url`, is the same for its whole life, also before it starts and after it was killed. It
@@ -93,8 +94,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
-    def url(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def url(self) -> str: ...
 
     @property
     def pid(self) -> int | None:
@@ -166,22 +167,23 @@ class Server:
         return self.folder / f"{self.name.lower()}.log"
 
     @property
-    def _pid_file(self) -> Path:
-        raise NotImplementedError
+    @abstractmethod
+    def _pid_file(self) -> Path: ...
 
     @property
+    @abstractmethod
     def _known_by(self) -> str:
         """What the command line of this folder's server contains, and no other's does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prepare(self) -> None:
-        pass
+        """Make what has to be there before it starts."""
 
-    def _argv(self) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def _argv(self) -> list[str]: ...
 
-    def _answers(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _answers(self) -> bool: ...
 
     def _signal(self, number: signal.Signals) -> None:
         if self.pid:
@@ -240,6 +242,9 @@ class RedisServer(Server):
     @property
     def _known_by(self) -> str:
         return str(self._pid_file)
+
+    def _prepare(self) -> None:
+        """Nothing: it starts empty."""
 
     def _argv(self) -> list[str]:
         options = {

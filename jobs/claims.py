@@ -32,7 +32,7 @@ from django.db.models import CompositePrimaryKey, F, Model, Q, QuerySet
 from jobs import clock
 from jobs.conf import conf
 from jobs.exceptions import LeaseLost, NoLongerNeeded
-from jobs.message import pk_text, pk_value
+from jobs.message import label, pk_text, pk_value
 
 if TYPE_CHECKING:
     from jobs.job import Declared
@@ -64,12 +64,6 @@ def _claims() -> ClaimQuerySet:
 
 def _database() -> str:
     return router.db_for_write(apps.get_model("selfheal", "Claim"))
-
-
-def label(model: type[Model]) -> str:
-    """Return the name under which the rows of a model are claimed: proxies and children are rows of their root."""
-    concrete = model._meta.concrete_model or model
-    return ([concrete, *concrete._meta.get_parent_list()][-1])._meta.label_lower
 
 
 @dataclass

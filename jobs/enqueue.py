@@ -24,7 +24,7 @@ from jobs import clock, queues, registry, switches
 from jobs.backoff import spread
 from jobs.conf import conf
 from jobs.exceptions import QueueUnavailable
-from jobs.message import Message
+from jobs.message import Message, label
 
 if TYPE_CHECKING:
     from jobs.job import Job
@@ -290,7 +290,7 @@ def _not_waiting(job: Job, pks: Iterable[str]) -> Iterator[str]:
 
 def _waiting(job: Job, pks: list[str]) -> set[str]:
     """Return those of the rows that are backing off or quarantined: they are left alone until that is over."""
-    claims = apps.get_model("selfheal", "Claim").objects.of_rows(job.name, pks)
+    claims = apps.get_model("selfheal", "Claim").objects.of_rows(job.name, label(job.model), pks)
     waiting = claims.filter(Q(quarantined_at__isnull=False) | Q(next_attempt_at__gt=clock.now()))
     return set(waiting.values_list("object_pk", flat=True))
 

@@ -9,8 +9,10 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from uuid import UUID
 
 from django.apps import apps
 from django.db import router
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 PLAIN_MAX_ATTEMPTS = 5
 BY_KIND: Any = object()
+# What a primary key can be in Python; a tuple or list is a composite one.
+KEYS = (str, int, float, Decimal, UUID, date, time, timedelta, tuple, list)
 
 
 class Declared:
@@ -255,6 +259,9 @@ class Job(Declared):
     def _pk(self, value: Any) -> str:
         if value is None or isinstance(value, bool):
             raise ValueError(f"{value!r} is no primary key; pass a saved row to {self.name}, or its primary key.")
+        if not isinstance(value, KEYS):
+            # A text key would take anything, by its str().
+            raise TypeError(f"{self.name} works on a row: pass it or its primary key, not {value!r}.")
         return check_pk(pk_text(pk_value(self.model, pk_text(value))))
 
     def digest(self, args: Any, kwargs: Any) -> str:

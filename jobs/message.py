@@ -57,6 +57,12 @@ def decode(text: str) -> str:
     return decoded
 
 
+def label(model: type[Model]) -> str:
+    """Return the name under which the rows of a model are claimed: proxies and children are rows of their root."""
+    concrete = model._meta.concrete_model or model
+    return ([concrete, *concrete._meta.get_parent_list()][-1])._meta.label_lower
+
+
 def pk_text(pk: Any) -> str:
     """Return a primary key as text, the form that claims and messages carry. Composite ones become a JSON list."""
     if isinstance(pk, (tuple, list)):

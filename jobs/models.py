@@ -99,9 +99,9 @@ class ClaimQuerySet(models.QuerySet["Claim"]):
             Q(next_attempt_at__isnull=True) | Q(next_attempt_at__lte=clock.now()), quarantined_at__isnull=True
         )
 
-    def of_rows(self, job: str, pks: Iterable[str]) -> ClaimQuerySet:
-        """Those of one job on the rows whose primary keys, as text, are given."""
-        return self.filter(job=job, object_pk__in=pks)
+    def of_rows(self, job: str, model: str, pks: Iterable[str]) -> ClaimQuerySet:
+        """Those of one job on the rows of a model whose primary keys, as text, are given."""
+        return self.filter(job=job, model=model, object_pk__in=pks)
 
     def queue_now(self) -> int:
         """End the backing off: the next tick queues these rows. Returns how many; quarantined ones stay as they are."""

@@ -20,7 +20,7 @@ from jobs.claims import Attempt
 from jobs.conf import conf
 from jobs.exceptions import LeaseLost, NoLongerNeeded
 from jobs.job import Declared, Job
-from jobs.message import Message, pk_value
+from jobs.message import Message, label, pk_value
 
 if TYPE_CHECKING:
     from jobs.models import Claim
@@ -46,7 +46,7 @@ def attempt_at(message: Message, worker: str = "") -> Attempt:
     """Return a fresh attempt at the row or the schedule that the message names."""
     declared = message.declared
     assert message.pk is not None
-    return Attempt(declared, claims.label(declared.model), message.pk, worker=worker)
+    return Attempt(declared, label(declared.model), message.pk, worker=worker)
 
 
 def perform(attempt: Attempt, guard: Guard = unguarded) -> Outcome:

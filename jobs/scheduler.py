@@ -23,11 +23,11 @@ from redis import Redis
 from redis.exceptions import ResponseError
 from rq_scheduler.scheduler import Scheduler as RQScheduler
 
-from jobs import claims, clock, cron, enqueue, queues, registry, switches
+from jobs import clock, cron, enqueue, queues, registry, switches
 from jobs.conf import conf
 from jobs.exceptions import Misconfigured
 from jobs.job import Declared, Job
-from jobs.message import Message
+from jobs.message import Message, label
 
 if TYPE_CHECKING:
     from jobs.models import ClaimQuerySet, Schedule
@@ -118,7 +118,7 @@ def _push_owed(errors: _Errors) -> list[str]:
     owed = set(Schedule.objects.owed().filter(name__in=declared).values_list("name", flat=True))
     if not owed:
         return []
-    claimed = apps.get_model("selfheal", "Claim").objects.filter(model=claims.label(Schedule), job__in=owed)
+    claimed = apps.get_model("selfheal", "Claim").objects.filter(model=label(Schedule), job__in=owed)
     pushed = []
     for name in sorted(owed - _disabled(declared.values()) - set(claimed.values_list("job", flat=True))):
         # A list that is broken in itself is no reason to leave the others; a Redis that is away is.
@@ -146,7 +146,7 @@ def _push_claims(errors: _Errors) -> None:
 
 def _push_claims_of(declared: Declared, due: ClaimQuerySet) -> None:
     # Others are left from before the job was given another model, or its sweep was taken from it.
-    due = due.filter(job=declared.name, model=claims.label(declared.model))
+    due = due.filter(job=declared.name, model=label(declared.model))
     queue = queues.get(declared.queue)
     if not (isinstance(declared, Job) and declared.sweep):
         if declared.is_scheduled and due.exists():

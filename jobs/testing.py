@@ -14,10 +14,11 @@ from typing import Any
 
 from django.db import DatabaseError, connections, transaction
 
-from jobs import claims, clock, queues, scheduler
+from jobs import clock, queues, scheduler
 from jobs import perform as performing
 from jobs.claims import Attempt
 from jobs.job import Declared, Job
+from jobs.message import label
 from jobs.perform import Outcome
 
 __all__ = ["drain", "perform", "tick"]
@@ -32,7 +33,7 @@ def perform(job: Job, row: Any) -> Outcome:
     if not job.is_swept:
         raise TypeError(f"No sweep feeds {job.name}: call it, or drain() the queue.")
     pk, _ = job.identify(row)
-    return performing.perform(Attempt(job, claims.label(job.model), pk, worker="test"), _contained)
+    return performing.perform(Attempt(job, label(job.model), pk, worker="test"), _contained)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from jobs import Backoff, LeaseLost, NoLongerNeeded, claims, clock, job, sweep
 from jobs.claims import Attempt, Heartbeat
 from jobs.conf import conf
 from jobs.job import Declared, Job
+from jobs.message import label
 from jobs.models import Claim, Run
 from tests.cast.jobs import delete_task, do_keyed, do_task, schedule_tasks
 from tests.cast.models import Task
@@ -161,7 +162,7 @@ def test_a_proxy_is_the_same_row():
             app_label = "cast"
             proxy = True
 
-    assert claims.label(Proxy) == claims.label(Task) == "cast.task"
+    assert label(Proxy) == label(Task) == "cast.task"
 
 
 def test_times_are_the_clocks_that_was_asked(task):

@@ -240,8 +240,10 @@ def test_a_truth_value_is_no_key_either_where_any_text_would_be(in_redis):
 @pytest.mark.parametrize("wrong", [object(), {"pk": 1}, {1}, b"1"])
 def test_what_is_no_row_and_no_key_is_refused(wrong, in_redis):
     for enqueue in (do_task.enqueue, lambda subject: do_task.enqueue_many([subject])):
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises(TypeError, match="do_task works on a row"):
             enqueue(wrong)
+    with pytest.raises(TypeError, match="do_keyed works on a row"):
+        do_keyed.enqueue(wrong)
     assert in_redis() == []
 
 

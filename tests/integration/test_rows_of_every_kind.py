@@ -157,7 +157,7 @@ def test_a_primary_key_of_any_kind_is_held_and_found_again(sweeping, kind, redis
 
 @pytest.mark.parametrize(
     ("model", "wrong"),
-    [(Account, "five"), (Account, 1.5), (Ticket, "42"), (Ticket, b"x"), (Seat, 5), (Seat, "x"), (Seat, ("great", 1))],
+    [(Account, "five"), (Account, 1.5), (Ticket, "42"), (Seat, 5), (Seat, "x"), (Seat, ("great", 1))],
 )
 def test_what_cannot_be_a_primary_key_is_refused_by_enqueue(sweeping, model, wrong):
     with pytest.raises(ValueError, match=rf"is no primary key of cast\.{model.__name__}"):
