@@ -63,7 +63,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
 
 @register("selfheal")
 def check_surroundings(**kwargs: Any) -> list[CheckMessage]:
-    """The apps that this one stands on, and another package of its name that it hides.
+    """The apps and the database that this one stands on, and another package of its name that it hides.
 
     One that hides this one cannot be told of here: then nothing of this is imported.
     """
@@ -76,6 +76,15 @@ def check_surroundings(**kwargs: Any) -> list[CheckMessage]:
         for name in ("django_rq", "waffle")
         if not apps.is_installed(name)
     ]
+    claims = connections[router.db_for_write(apps.get_model("selfheal", "Claim"))]
+    if claims.vendor not in ("postgresql", "sqlite"):
+        found.append(
+            Error(
+                f"The database {claims.alias!r} is {claims.display_name}, and claims cannot be kept there.",
+                hint="Route the app selfheal to PostgreSQL or SQLite in DATABASE_ROUTERS; its rows may stay.",
+                id="selfheal.E011",
+            )
+        )
     ours = Path(__file__).with_name("__init__.py").resolve()
     specs = [PathFinder.find_spec("jobs", [folder]) for folder in dict.fromkeys(sys.path)]
     others = {Path(spec.origin).resolve() for spec in specs if spec is not None and spec.origin} - {ours}

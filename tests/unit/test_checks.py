@@ -332,6 +332,12 @@ def test_e010_an_app_that_is_missing(monkeypatch, name):
     expect("E010", f'\'{name}\' is not in INSTALLED_APPS. INSTALLED_APPS += ["django_rq", "waffle", "jobs"]')
 
 
+def test_e011_a_database_that_cannot_hold_claims(monkeypatch):
+    monkeypatch.setattr(connection, "vendor", "mysql")
+    monkeypatch.setattr(connection, "display_name", "MySQL")
+    expect("E011", "The database 'default' is MySQL, and claims cannot be kept there. Route the app selfheal")
+
+
 @pytest.mark.parametrize("path", ["jobs.py", "jobs/__init__.py"])
 def test_w013_another_package_of_its_name(monkeypatch, tmp_path, path):
     (tmp_path / path).parent.mkdir(exist_ok=True)
