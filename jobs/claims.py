@@ -27,7 +27,9 @@ from django.apps import apps
 from django.core.exceptions import ObjectDoesNotExist
 from django.db import DataError, IntegrityError, InterfaceError, OperationalError, connections, router, transaction
 from django.db import Error as DatabaseError
-from django.db.models import CompositePrimaryKey, F, Model, Q, QuerySet
+from django.db.models import BooleanField, CompositePrimaryKey, F, Func, Model, Q, QuerySet
+from django.db.models.constants import OnConflict
+from django.db.models.sql import InsertQuery
 
 from jobs import clock
 from jobs.conf import conf
@@ -119,9 +121,8 @@ def take(attempt: Attempt) -> Claim | Refusal:
         "holder": holder(attempt.worker),
     }
     identity = {"job": attempt.declared.name, "model": attempt.model, "object_pk": attempt.pk}
-    # The usual case, work that nobody has touched, first: ON CONFLICT DO NOTHING for either unique key.
-    _insert(**identity, **lease)
-    if claim := _claims().filter(token=attempt.token).first():
+    # The usual case, work that nobody has touched, first.
+    if claim := _insert(**identity, **lease):
         return _begin(attempt, claim)
 
     for dead in _claims().filter(lease_key=attempt.lease_key, lease_expires_at__lte=clock.now()):
@@ -130,22 +131,39 @@ def take(attempt: Attempt) -> Claim | Refusal:
     known = mine.first()
     if known is None:
         # Another job had the lease; if it is gone by now, ours is a fresh claim after all.
-        _insert(**identity, **lease)
+        if claim := _insert(**identity, **lease):
+            return _begin(attempt, claim)
     elif known.crashes >= UNSEEN_DEATHS and attempt.declared.quarantines and not known.quarantined_at:
         mine.filter(quarantined_at__isnull=True, lease_key__isnull=True).update(quarantined_at=clock.now())
         _alarm(attempt, known.last_error or "its process died again and again")
     else:
+        taken = 0
         # A competing job may take the row's lease between our look and our update: its unique key then refuses us.
         with contextlib.suppress(IntegrityError), transaction.atomic(_database()):
-            mine.due().filter(lease_key__isnull=True).update(**lease)
-    if claim := _claims().filter(token=attempt.token).first():
-        return _begin(attempt, claim)
+            taken = mine.due().filter(lease_key__isnull=True).update(**lease)
+        if taken and (claim := mine.filter(token=attempt.token).first()):
+            return _begin(attempt, claim)
     return _refusal(mine)
 
 
-def _insert(**values: Any) -> None:
-    Claim = apps.get_model("selfheal", "Claim")
-    Claim.objects.bulk_create([Claim(first_claimed_at=clock.now(), **values)], ignore_conflicts=True)
+def _insert(**values: Any) -> Claim | None:
+    """Make a claim, unless this work has one or the row is leased: a conflict on either unique key is no error.
+
+    One statement, where `bulk_create(ignore_conflicts=True)` takes four: it opens a transaction and tells no result.
+    """
+    model = apps.get_model("selfheal", "Claim")
+    claim: Claim = model(first_claimed_at=clock.now(), **values)
+    query = InsertQuery(model, on_conflict=OnConflict.IGNORE)
+    query.insert_values([field for field in model._meta.local_concrete_fields if not field.primary_key], [claim])
+    [(statement, parameters)] = query.get_compiler(using=_database()).as_sql()
+    with connections[_database()].cursor() as cursor:
+        cursor.execute(f"{statement} RETURNING leased_at", parameters)
+        inserted = cursor.fetchone()
+    if inserted is None:
+        return None
+    if not isinstance(claim.leased_at, datetime):
+        [claim.leased_at] = inserted
+    return claim
 
 
 def _begin(attempt: Attempt, claim: Claim) -> Claim:
@@ -154,10 +172,10 @@ def _begin(attempt: Attempt, claim: Claim) -> Claim:
 
 
 def _refusal(mine: ClaimQuerySet) -> Refusal:
-    if mine.filter(quarantined_at__isnull=False).exists():
-        return "quarantined"
-    if mine.filter(next_attempt_at__gt=clock.now(), lease_key__isnull=True).exists():
-        return "waiting"
+    backs_off = Q(next_attempt_at__gt=clock.now(), lease_key__isnull=True)
+    set_aside = mine.filter(backs_off | Q(quarantined_at__isnull=False)).values_list("quarantined_at", flat=True)
+    for quarantined_at in set_aside:
+        return "quarantined" if quarantined_at else "waiting"
     return "busy"
 
 
@@ -310,8 +328,23 @@ def _found(rows: QuerySet[Any], pks: list[Any]) -> set[str]:
     return set(map(pk_text, rows.filter(pk__in=pks).values_list("pk", flat=True)))
 
 
+class _Unflushed(Func):
+    """True; and PostgreSQL commits the transaction around it without waiting for the disk.
+
+    An ending that a crash of the database takes back costs a lease, and a look at a row that needs nothing. A claim
+    that it takes back would let two processes work on one row, so claims and heartbeats do wait.
+    """
+
+    function = "set_config"
+    template = "%(function)s('synchronous_commit', 'off', true) = 'off'"
+    output_field = BooleanField()
+
+    def as_sqlite(self, *args: Any, **kwargs: Any) -> Any:
+        return "1 = 1", ()
+
+
 def _end(attempt: Attempt) -> None:
-    if not _delete(_claims().filter(token=attempt.token)):
+    if not _delete(_claims().filter(_Unflushed(), token=attempt.token)):
         raise LeaseLost(attempt.work)
 
 
@@ -321,7 +354,7 @@ def _delete(claims: ClaimQuerySet) -> int:
 
 
 def _give_back(attempt: Attempt, **changes: Any) -> bool:
-    return bool(_claims().filter(token=attempt.token).update(**UNHELD, **changes))
+    return bool(_claims().filter(_Unflushed(), token=attempt.token).update(**UNHELD, **changes))
 
 
 def _record(attempt: Attempt, outcome: str, error: str = "", traceback: str = "", pid: int | None = None) -> None:

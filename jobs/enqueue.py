@@ -24,7 +24,7 @@ from jobs import clock, queues, registry, switches
 from jobs.backoff import spread
 from jobs.conf import conf
 from jobs.exceptions import QueueUnavailable
-from jobs.message import Message, label
+from jobs.message import Message, label, row_id, row_ids
 
 if TYPE_CHECKING:
     from jobs.job import Job
@@ -132,7 +132,7 @@ def row(job: Job, subject: Any, wait: timedelta | None = None) -> None:
     def push() -> None:
         with _Hint(job.name, queue := queues.get(job.queue)) as hint:
             if hint.worthwhile:
-                push_id(queue, job.id_of(pk), room=job.limit, wait=wait)
+                push_id(queue, row_id(job.name, pk), room=job.limit, wait=wait)
 
     transaction.on_commit(push, using=using)
 
@@ -158,7 +158,7 @@ def rows(job: Job, subjects: Any) -> None:
             queued = queued_ids(queue, job.name)
             room = limit - len(queued)
             for batch in batches(pks, BATCH):
-                ids = [id for pk in dict.fromkeys(batch) if (id := job.id_of(pk).encode()) not in queued]
+                ids = [id for id in row_ids(job.name, dict.fromkeys(batch)) if id not in queued]
                 push_ids(queue, ids[: max(room, 0)])
                 queued.update(ids)
                 room -= len(ids)

@@ -16,12 +16,12 @@ from uuid import UUID
 
 from django.apps import apps
 from django.db import router
-from django.db.models import F, Model, QuerySet
+from django.db.models import F, IntegerField, Model, QuerySet
 
 from jobs import clock, enqueue, queues, registry
 from jobs import cron as cron_expressions
 from jobs.backoff import Backoff, spread
-from jobs.message import check_pk, pk_text, pk_value, row_id
+from jobs.message import check_pk, pk_text, pk_value
 
 if TYPE_CHECKING:
     from jobs.sweep import Sweep
@@ -225,44 +225,48 @@ class Job(Declared):
         """The model of the rows that its sweep feeds it."""
         return self.sweep.fed_model if self.sweep is not None else super().model
 
-    def id_of(self, pk: str) -> str:
-        """Return the message for the row with this primary key (text)."""
-        return row_id(self.name, pk)
-
     def identify(self, subject: Any) -> tuple[str, str]:
         """Return a row's primary key as text, and the alias of the database whose commit its work must wait for.
 
         Raises `ValueError` for an unsaved row or what cannot be a primary key, `TypeError` for a row of another model.
         """
         model = self.model
-        if not isinstance(subject, Model):
-            return self._pk(subject), router.db_for_write(model)
-        if not isinstance(subject, model._meta.concrete_model or model):
-            raise TypeError(f"{self.name} works on {model._meta.label}, not on {subject._meta.label}.")
-        if subject.pk is None or subject._state.adding:
-            raise ValueError(f"{subject!r} is not saved yet: save it, then enqueue {self.name}.")
-        # The router's answer, since the row may have been read from a replica; without routers it is the row's own.
-        return check_pk(pk_text(subject.pk)), router.db_for_write(type(subject), instance=subject)
+        text = self._text_of(subject, model)
+        if isinstance(subject, Model):
+            # The router's answer, since the row may have been read from a replica; without routers it is the row's own.
+            return text, router.db_for_write(type(subject), instance=subject)
+        return text, router.db_for_write(model)
 
     def identify_many(self, subjects: Any) -> tuple[Iterator[str], str]:
         """Do the same for a queryset, or for primary keys or rows one by one."""
-        using = router.db_for_write(self.model)
+        model = self.model
+        using = router.db_for_write(model)
         if isinstance(subjects, (str, bytes)) or not isinstance(subjects, Iterable):
             raise TypeError(f"{self.name}.enqueue_many takes a queryset, primary keys or rows, not {subjects!r}.")
         if isinstance(subjects, QuerySet):
-            if subjects.model._meta.concrete_model is not self.model._meta.concrete_model:
-                raise TypeError(f"{self.name} works on {self.model._meta.label}, not on {subjects.model._meta.label}.")
+            if subjects.model._meta.concrete_model is not model._meta.concrete_model:
+                raise TypeError(f"{self.name} works on {model._meta.label}, not on {subjects.model._meta.label}.")
             pks = subjects.values_list("pk", flat=True).iterator(chunk_size=enqueue.BATCH)
             return map(pk_text, pks), subjects._db or using  # type: ignore[attr-defined]
-        return (self.identify(subject)[0] for subject in subjects), using
+        return (self._text_of(subject, model) for subject in subjects), using
 
-    def _pk(self, value: Any) -> str:
-        if value is None or isinstance(value, bool):
-            raise ValueError(f"{value!r} is no primary key; pass a saved row to {self.name}, or its primary key.")
-        if not isinstance(value, KEYS):
-            # A text key would take anything, by its str().
-            raise TypeError(f"{self.name} works on a row: pass it or its primary key, not {value!r}.")
-        return check_pk(pk_text(pk_value(self.model, pk_text(value))))
+    def _text_of(self, subject: Any, model: type[Model]) -> str:
+        """Return the primary key, as text, of a row or of what should be one."""
+        if type(subject) is int and isinstance(model._meta.pk, IntegerField):
+            # The usual key needs no interpretation, and there may be a million of them.
+            return check_pk(str(subject))
+        if isinstance(subject, KEYS) and not isinstance(subject, bool):
+            return check_pk(pk_text(pk_value(model, pk_text(subject))))
+        if isinstance(subject, Model):
+            if not isinstance(subject, model._meta.concrete_model or model):
+                raise TypeError(f"{self.name} works on {model._meta.label}, not on {subject._meta.label}.")
+            if subject.pk is None or subject._state.adding:
+                raise ValueError(f"{subject!r} is not saved yet: save it, then enqueue {self.name}.")
+            return check_pk(pk_text(subject.pk))
+        if subject is None or isinstance(subject, bool):
+            raise ValueError(f"{subject!r} is no primary key; pass a saved row to {self.name}, or its primary key.")
+        # A text key would take anything, by its str().
+        raise TypeError(f"{self.name} works on a row: pass it or its primary key, not {subject!r}.")
 
     def digest(self, args: Any, kwargs: Any) -> str:
         """Return what tells one call from another, for uniqueness, whether arguments are given by place or by name."""

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
@@ -39,9 +40,14 @@ def row_id(name: str, pk: str) -> str:
     return f"{name}-{encode(pk)}"
 
 
+def row_ids(name: str, pks: Iterable[str]) -> list[bytes]:
+    """Return the ids of many rows, as Redis has them."""
+    return [f"{name}-{encode(pk)}".encode() for pk in pks]
+
+
 def encode(text: str) -> str:
     """Write any text in the letters that rq allows in an id. Digits, letters and dashes stay readable."""
-    if text.isascii() and text.replace("-", "").isalnum():
+    if text.isascii() and (text.isalnum() or text.replace("-", "").isalnum()):
         return text
     return re.sub(rb"[^A-Za-z0-9-]", lambda match: b"_%02X" % match[0][0], text.encode()).decode()
 
@@ -81,7 +87,8 @@ def pk_value(model: type[Model], text: str) -> Any:
 
 def check_pk(text: str) -> str:
     """Return the text; raise `ValueError` for one that is too long to be indexed."""
-    if len(text.encode()) > MAX_PK_BYTES:
+    # No letter takes more than four bytes.
+    if len(text) * 4 > MAX_PK_BYTES and len(text.encode()) > MAX_PK_BYTES:
         raise ValueError(f"A primary key of more than {MAX_PK_BYTES:,} bytes cannot be claimed: {text[:50]}…")
     return text
 

@@ -27,7 +27,7 @@ from jobs import clock, cron, enqueue, queues, registry, switches
 from jobs.conf import conf
 from jobs.exceptions import Misconfigured
 from jobs.job import Declared, Job
-from jobs.message import Message, label
+from jobs.message import Message, label, row_ids
 
 if TYPE_CHECKING:
     from jobs.models import ClaimQuerySet, Schedule
@@ -155,7 +155,7 @@ def _push_claims_of(declared: Declared, due: ClaimQuerySet) -> None:
     queued = enqueue.queued_ids(queue, declared.name)
     room = declared.sweep.effective_limit() - len(queued)
     pks = due.values_list("object_pk", flat=True)[:DUE_CLAIMS]
-    ids = [id for pk in pks if (id := declared.id_of(pk).encode()) not in queued]
+    ids = [id for id in row_ids(declared.name, pks) if id not in queued]
     enqueue.push_ids(queue, ids[: max(room, 0)])
 
 

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from jobs import claims, enqueue, queues, registry, switches
 from jobs.exceptions import Misconfigured, QueueUnavailable
 from jobs.job import Declared, Job, _is_count, _is_duration
-from jobs.message import pk_text
+from jobs.message import pk_text, row_ids
 
 
 class SweepResult(NamedTuple):
@@ -119,20 +119,20 @@ class Sweep(Declared):
         if not dry_run and switches.disabled(self.switches):
             return SweepResult()
         rows = self.queryset()
+        unsettled = claims.count(rows.model)
         try:
-            result = self._feed(rows, dry_run)
+            result = self._feed(rows, unsettled, dry_run)
         except RedisError as error:
             raise QueueUnavailable(self.name, error) from error
-        if not dry_run:
+        if unsettled and not dry_run:
             # Last, so that a claim which cannot be asked about holds up no row.
             claims.resolve(self.job.name, rows)
         return result
 
-    def _feed(self, rows: QuerySet[Any], dry_run: bool) -> SweepResult:
+    def _feed(self, rows: QuerySet[Any], unsettled: int, dry_run: bool) -> SweepResult:
         limit = self.effective_limit()
         queue = queues.get(self.job.queue)
         queued = enqueue.queued_ids(queue, self.job.name)
-        unsettled = claims.count(rows.model)
         # Every row is queued, or has room to be, or has a claim: no more need to be read, however long the backlog.
         wanted = rows if rows.ordered else rows.order_by("pk")
         pks = _each_once(wanted, limit + unsettled, self.batch_size)
@@ -141,8 +141,8 @@ class Sweep(Declared):
         for batch in enqueue.batches(map(pk_text, pks), self.batch_size):
             held = claims.held(self.job.name, rows.model, batch) if unsettled else set()
             new: list[bytes] = []
-            for pk in dict.fromkeys(batch):
-                id = self.job.id_of(pk).encode()
+            once = list(dict.fromkeys(batch))
+            for pk, id in zip(once, row_ids(self.job.name, once), strict=True):
                 if id in queued:
                     already_queued += 1
                 elif pk in held or len(new) >= room:
