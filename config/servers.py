@@ -270,15 +270,16 @@ class RedisServer(Server):
 class PostgresServer(Server):
     """A real PostgreSQL of our own. It keeps its data in `folder`: what was committed survives a stop and a kill.
 
-    Not a power cut: it never waits for the disk. Its superuser has a password, which is part of its `url`.
+    Not a power cut, unless it is told to wait for the disk. Its superuser has a password, which is part of its `url`.
     """
 
     name = "PostgreSQL"
     # Ends the sessions that there are; SIGTERM would wait for them.
     _ask_to_end = signal.SIGINT
 
-    def __init__(self, folder: Path | str, port: int | None = None) -> None:
+    def __init__(self, folder: Path | str, port: int | None = None, waits_for_disk: bool = False) -> None:
         super().__init__(folder, port)
+        self._waits_for_disk = "on" if waits_for_disk else "off"
         self._data = self.folder / "data"
         self._password = self.folder / "password"
 
@@ -322,9 +323,9 @@ class PostgresServer(Server):
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
             "max_connections": "200",
-            # The files need not survive the machine. `synchronous_commit` stays on: a commit must survive the server.
-            "fsync": "off",
-            "full_page_writes": "off",
+            # `synchronous_commit` stays on in any case: a commit must survive the server.
+            "fsync": self._waits_for_disk,
+            "full_page_writes": self._waits_for_disk,
             "jit": "off",
         }
         settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
