@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,18 @@ if TYPE_CHECKING:
     from jobs.models import ClaimQuerySet, Schedule
 
 logger = logging.getLogger("selfheal")
+
+# There while somebody ticks. A hint like all that Redis holds: while it is lost, there are more ticks than needed.
+TICKED_KEY = "selfheal:ticked"
+# For how many TICKs a scheduler that has just ticked is believed to be at it.
+TICKS_MISSED = 3
+
+# Whoever finds nobody at it is at it from now on, and the only one for a while.
+STAND_IN = """
+if redis.call('PTTL', KEYS[1]) >= 0 then return 0 end
+redis.call('SET', KEYS[1], '', 'PX', ARGV[1])
+return 1
+"""
 
 # At most this many claims whose time has come are queued again per tick and job: their sweep brings the others.
 DUE_CLAIMS = 1000
@@ -77,6 +89,16 @@ def tick() -> list[str]:
         _push_claims(errors)
     errors.raise_met()
     return pushed
+
+
+def stands_in(connection: Redis) -> bool:
+    """Whether a worker is to tick now, since no scheduler runs, or it hangs. True for one of those who ask."""
+    script = connection.register_script(STAND_IN)
+    return bool(script(keys=[TICKED_KEY], args=[_milliseconds(conf.TICK)]))
+
+
+def _milliseconds(duration: timedelta) -> int:
+    return max(1, int(duration.total_seconds() * 1000))
 
 
 def _take_due(errors: _Errors) -> None:
@@ -228,8 +250,10 @@ class Scheduler(RQScheduler):
         self.log.info("Scheduler stopped.")
 
     def enqueue_jobs(self) -> None:
-        """Tick once."""
+        """Tick once, and have the workers know that it is done. One that could not is not believed to be at it."""
         tick()
+        for connection in queues.connections():
+            connection.set(TICKED_KEY, "", px=_milliseconds(conf.TICK * TICKS_MISSED))
 
     def _install_signal_handlers(self) -> None:
         def stop(signum: int, frame: FrameType | None) -> None:

@@ -1,7 +1,8 @@
 """The process behind `manage.py rqworker`: it waits for messages and forks a child for each.
 
-The child does everything that touches a row. The worker only watches it, and writes down how it died, if it did. It
-outlives Redis and the database, and ends when it is told to, never by itself.
+The child does everything that touches a row. The worker only watches it, and writes down how it died, if it did. While
+no scheduler ticks, the workers do, each tick in a child too. A worker outlives Redis and the database, and ends when it
+is told to, never by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -27,7 +28,7 @@ from rq.utils import now
 from rq.worker import Worker as RQWorker
 from rq.worker.base import WorkerStatus, signal_name
 
-from jobs import claims, enqueue, perform, queues
+from jobs import claims, enqueue, perform, queues, scheduler
 from jobs.conf import conf
 from jobs.job import Declared
 from jobs.message import Message
@@ -39,8 +40,15 @@ DEQUEUE_SECONDS = 2
 # How long Redis may leave a command unanswered before the worker gives up on that connection.
 SOCKET_SECONDS = DEQUEUE_SECONDS + 8
 LONGEST_RETRY_SECONDS = 5.0
+# How long a tick may take in a worker's child.
+TICK_SECONDS = 60.0
 # How a child ends that could not ask the database about its row.
 EXIT_NO_DATABASE = 69
+
+
+def _ending(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
 
 
 def _ignore(signum: int, frame: FrameType | None) -> None:
@@ -58,6 +66,7 @@ class Worker(RQWorker):
         # It registers again every heartbeat, so that a Redis which was emptied knows it soon.
         self.worker_ttl = int(4 * conf.HEARTBEAT.total_seconds()) + SOCKET_SECONDS
         self._announced_at: float | None = None
+        self._ticks_seen_at = time.monotonic()
         self._kill_requested = False
 
     def _set_connection(self, connection: Any) -> Any:
@@ -95,6 +104,8 @@ class Worker(RQWorker):
         performed, idle_since, retry_after = 0, time.monotonic(), 0.5
         while not self._stop_requested and (max_jobs is None or performed < max_jobs):
             try:
+                if not burst:
+                    self._tick_if_nobody_does()
                 message = self._next_message(burst)
                 retry_after = 0.5
                 if message is not None:
@@ -129,6 +140,16 @@ class Worker(RQWorker):
             )
         return popped
 
+    def _tick_if_nobody_does(self) -> None:
+        """Look, once per TICK and between two messages, whether there is a scheduler, and stand in for it if not."""
+        if time.monotonic() < self._ticks_seen_at + conf.TICK.total_seconds():
+            return
+        self._ticks_seen_at = time.monotonic()
+        if scheduler.stands_in(self.connection):
+            _, status, _ = self._in_child("a tick", scheduler.tick, TICK_SECONDS)
+            if status != 0:
+                self.log.warning("Worker %s: a tick %s", self.name, _ending(status))
+
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self._stop_requested and time.monotonic() < until:
@@ -158,24 +179,33 @@ class Worker(RQWorker):
         message.worker_name = self.name
         # Made here, so that the claim of a child that died can be told from every other.
         attempt = perform.attempt_at(message, self.name) if message.pk is not None else None
-        # A connection that two processes share breaks in both.
-        connections.close_all()
-        self._horse_pid = os.fork()
-        if self._horse_pid == 0:
-            self._be_child(message, attempt)
-        with contextlib.suppress(OSError):
-            # Both sides say so, since either may come first: to kill the child's group must never mean this one.
-            os.setpgid(self._horse_pid, self._horse_pid)
-        pid, status, was_killed = self._wait_for_child(message)
-        self._horse_pid = 0
+        kill_after = message.declared.timeout_seconds + claims.KILL_AFTER.total_seconds()
+        pid, status, was_killed = self._in_child(message.id, lambda: self._perform(message, attempt), kill_after)
         if status != 0:
             # What it had started would work on, beside whoever takes the row next.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
             self._note_death(message, attempt, pid, status, was_killed)
 
-    def _be_child(self, message: Message, attempt: claims.Attempt | None) -> None:
-        """Perform the message and end the process. Does not return."""
+    def _in_child(self, what: str, work: Callable[[], object], kill_after: float) -> tuple[int, int, bool]:
+        """Do it in a child, and watch that until it ends, or until `kill_after` seconds have passed.
+
+        Returns its pid, its wait status, and whether this worker killed it on demand.
+        """
+        # A connection that two processes share breaks in both.
+        connections.close_all()
+        self._horse_pid = os.fork()
+        if self._horse_pid == 0:
+            self._be_child(what, work)
+        with contextlib.suppress(OSError):
+            # Both sides say so, since either may come first: to kill the child's group must never mean this one.
+            os.setpgid(self._horse_pid, self._horse_pid)
+        ended = self._wait_for_child(kill_after)
+        self._horse_pid = 0
+        return ended
+
+    def _be_child(self, what: str, work: Callable[[], object]) -> None:
+        """Do the work and end the process. Does not return."""
         # A deploy sends SIGTERM to every process it can find; the worker decides what becomes of this one.
         # A handler rather than SIG_IGN, which the programs that a job starts would inherit.
         signal.signal(signal.SIGINT, _ignore)
@@ -186,14 +216,14 @@ class Worker(RQWorker):
             self._is_horse = True
             self._horse_pid = os.getpid()
             random.seed()
-            outcome = self._perform(message, attempt)
-            self.log.info("Worker %s: %s: %s", self.name, message.id, outcome)
+            if outcome := work():
+                self.log.info("Worker %s: %s: %s", self.name, what, outcome)
             code = 0
         except (OperationalError, InterfaceError) as error:
-            self.log.warning("Worker %s: %s: the database does not answer (%s)", self.name, message.id, error)
+            self.log.warning("Worker %s: %s: the database does not answer (%s)", self.name, what, error)
             code = EXIT_NO_DATABASE
         except BaseException:
-            logger.exception("%s was not performed", message.id)
+            logger.exception("%s was not performed", what)
         finally:
             with contextlib.suppress(Exception):
                 logging.shutdown()
@@ -215,10 +245,8 @@ class Worker(RQWorker):
         with heartbeat, self.death_penalty_class(declared.timeout_seconds, JobTimeoutException):
             yield
 
-    def _wait_for_child(self, message: Message) -> tuple[int, int, bool]:
-        """Wait until the child ends; return its pid, its wait status, and whether this worker killed it on demand."""
+    def _wait_for_child(self, kill_after: float) -> tuple[int, int, bool]:
         began = time.monotonic()
-        kill_after = message.declared.timeout_seconds + claims.KILL_AFTER.total_seconds()
         was_killed = False
         while True:
             pid, status = os.waitpid(self._horse_pid, os.WNOHANG)
@@ -237,8 +265,7 @@ class Worker(RQWorker):
         self, message: Message, attempt: claims.Attempt | None, pid: int, status: int, was_killed: bool
     ) -> None:
         code = os.waitstatus_to_exitcode(status)
-        ending = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        evidence = f"Its process {ending}."
+        evidence = f"Its process {_ending(status)}."
         self.log.warning("Worker %s: %s: %s", self.name, message.id, evidence)
         if code == claims.EXIT_LEASE_LOST:
             return

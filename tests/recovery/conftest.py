@@ -88,7 +88,12 @@ class Stack:
     def scheduler(self, name: str = "scheduler", trap: Trap | None = None, **environment: str) -> None:
         self._start(name, ["rqscheduler"], trap, environment)
 
-    def worker(self, name: str = "worker", *queues: str, trap: Trap | None = None, **environment: str) -> None:
+    def worker(
+        self, name: str = "worker", *queues: str, trap: Trap | None = None, ticks: bool = False, **environment: str
+    ) -> None:
+        """Start a worker. Unless it `ticks`, it does not stand in for a scheduler: what heals is the test's doing."""
+        if not ticks:
+            environment = {"TEST_JOBS": json.dumps(INTERVALS | {"TICK": 3600}), **environment}
         self._start(name, ["rqworker", *(queues or ("urgent", "background", "default"))], trap, environment)
 
     def _start(self, name: str, command: list[str], trap: Trap | None, environment: dict[str, str]) -> None:

@@ -21,8 +21,8 @@ LAYERS = [
     {"enqueue", "claims"},
     {"job"},
     {"sweep", "jobs"},
-    {"perform"},
-    {"scheduler", "worker", "checks"},
+    {"perform", "scheduler"},
+    {"worker", "checks"},
     {"admin", "apps", "testing"},
 ]
 # The front door imports what it promises; nothing inside comes in by it.
