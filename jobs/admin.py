@@ -155,7 +155,7 @@ class ClaimAdmin(ReadOnlyAdmin):
         if claim.quarantined_at:
             return _("quarantined")
         if claim.lease_key:
-            return _("leased")
+            return _("leased, its worker stops") if claim.stopping_since else _("leased")
         return _("backing off") if claim.next_attempt_at else _("waiting for a worker")
 
     @admin.action(description=_("Queue now: end the backing off of the chosen rows"), permissions=["change"])

@@ -49,7 +49,14 @@ SEEN_DEATHS = 3
 UNSEEN_DEATHS = 10
 
 # What a claim looks like that nobody holds.
-UNHELD: dict[str, Any] = {"lease_key": None, "token": "", "leased_at": None, "lease_expires_at": None, "holder": ""}
+UNHELD: dict[str, Any] = {
+    "lease_key": None,
+    "token": "",
+    "leased_at": None,
+    "lease_expires_at": None,
+    "holder": "",
+    "stopping_since": None,
+}
 
 # How a process ends that lost its lease or could not renew it. Says nothing about the row, so nothing is counted.
 EXIT_LEASE_LOST = 75
@@ -180,14 +187,24 @@ def _refusal(mine: ClaimQuerySet) -> Refusal:
 
 
 def expire(claim: Claim) -> None:
-    """Free the lease of a process that stopped renewing it, count its crash, and write down what is known of it."""
-    renewed_at = claim.lease_expires_at and claim.lease_expires_at - conf.LEASE
-    evidence = f"Its process stopped renewing the lease. Last renewed at {renewed_at}, by {claim.holder}."
+    """Free the lease of a process that stopped renewing it, and write down what is known of it.
+
+    It counts as a crash, unless its worker had been told to stop: then what killed it was a deploy, and not the row.
+    """
+    evidence = f"Its process stopped renewing the lease. {_last_renewed(claim)}"
     expired = _claims().filter(pk=claim.pk, token=claim.token, lease_expires_at__lte=clock.now())
     with transaction.atomic(_database()):
-        if expired.update(**UNHELD, crashes=F("crashes") + 1, last_error=evidence):
+        if claim.stopping_since:
+            if expired.update(**UNHELD):
+                _record_of(claim, "interrupted", f"{evidence} Its worker was told to stop at {claim.stopping_since}.")
+        elif expired.update(**UNHELD, crashes=F("crashes") + 1, last_error=evidence):
             _record_of(claim, "crashed", evidence)
             logger.warning("%s: %s", claim, evidence)
+
+
+def _last_renewed(claim: Claim) -> str:
+    renewed_at = claim.lease_expires_at and claim.lease_expires_at - conf.LEASE
+    return f"Last renewed at {renewed_at}, by {claim.holder}."
 
 
 def _alarm(attempt: Attempt, error: str) -> None:
@@ -244,6 +261,7 @@ def record_death(attempt: Attempt, pid: int, evidence: str) -> None:
         # One that had stopped renewing its lease was ended by its own watchdog: frozen, cut off from a database that
         # hangs, or blocked by a transaction of its own. That is no death of the row's making.
         renews = not _claims().filter(token=attempt.token, lease_expires_at__lte=clock.now(conf.lease_margin)).exists()
+        evidence = f"{evidence} {_last_renewed(claim)}"
         if not renews:
             evidence = f"It could not renew its lease in time. {evidence}"
         deaths, crashes = claim.deaths + renews, claim.crashes + 1
@@ -270,6 +288,20 @@ def _set_back(
         raise LeaseLost(attempt.work)
     elif give_up:
         _alarm(attempt, error)
+
+
+def note_stop(attempt: Attempt) -> None:
+    """Write down that the worker of an attempt was told to stop: should it be killed before the end, nothing counts."""
+    _claims().filter(token=attempt.token).update(stopping_since=clock.now())
+
+
+def interrupt(attempt: Attempt, pid: int, evidence: str) -> None:
+    """Give the lease back, count nothing, and write down how the process ended: its worker was stopping."""
+    with transaction.atomic(_database()):
+        if claim := _claims().filter(token=attempt.token).first():
+            _begin(attempt, claim)
+            _give_back(attempt)
+            _record(attempt, "interrupted", error=f"{evidence} Its worker had been told to stop.", pid=pid)
 
 
 def release(attempt: Attempt) -> None:

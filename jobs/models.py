@@ -128,6 +128,7 @@ class Claim(models.Model):
     leased_at = models.DateTimeField(_("leased since"), null=True)
     lease_expires_at = models.DateTimeField(_("leased until"), null=True)
     holder = models.CharField(_("held by"), max_length=250, blank=True)
+    stopping_since = models.DateTimeField(_("its worker told to stop"), null=True)
     attempts = models.PositiveIntegerField(_("failed attempts"), default=0)
     crashes = models.PositiveIntegerField(_("crashes"), default=0, help_text=_("Attempts whose process died."))
     deaths = models.PositiveIntegerField(_("seen deaths"), default=0, help_text=_("Crashes that the worker saw."))
@@ -160,6 +161,7 @@ class Run(models.Model):
         DONE = "done", _("done")
         FAILED = "failed", _("failed")
         CRASHED = "crashed", _("crashed")
+        INTERRUPTED = "interrupted", _("interrupted by a shutdown")
         LOST = "lost", _("lost its lease")
         RESOLVED = "resolved", _("resolved")
 

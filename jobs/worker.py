@@ -51,6 +51,10 @@ def _ending(status: int) -> str:
     return f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 def _ignore(signum: int, frame: FrameType | None) -> None:
     """Do nothing about a signal."""
 
@@ -180,17 +184,22 @@ class Worker(RQWorker):
         # Made here, so that the claim of a child that died can be told from every other.
         attempt = perform.attempt_at(message, self.name) if message.pk is not None else None
         kill_after = message.declared.timeout_seconds + claims.KILL_AFTER.total_seconds()
-        pid, status, was_killed = self._in_child(message.id, lambda: self._perform(message, attempt), kill_after)
+        pid, status, was_killed = self._in_child(
+            message.id, lambda: self._perform(message, attempt), kill_after, lambda: self._note_stop(attempt)
+        )
         if status != 0:
             # What it had started would work on, beside whoever takes the row next.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
             self._note_death(message, attempt, pid, status, was_killed)
 
-    def _in_child(self, what: str, work: Callable[[], object], kill_after: float) -> tuple[int, int, bool]:
+    def _in_child(
+        self, what: str, work: Callable[[], object], kill_after: float, on_stop: Callable[[], None] = _nothing
+    ) -> tuple[int, int, bool]:
         """Do it in a child, and watch that until it ends, or until `kill_after` seconds have passed.
 
-        Returns its pid, its wait status, and whether this worker killed it on demand.
+        `on_stop` is called once, if the worker is told to stop meanwhile. Returns the child's pid, its wait status, and
+        whether this worker killed it on demand.
         """
         # A connection that two processes share breaks in both.
         connections.close_all()
@@ -200,7 +209,7 @@ class Worker(RQWorker):
         with contextlib.suppress(OSError):
             # Both sides say so, since either may come first: to kill the child's group must never mean this one.
             os.setpgid(self._horse_pid, self._horse_pid)
-        ended = self._wait_for_child(kill_after)
+        ended = self._wait_for_child(kill_after, on_stop)
         self._horse_pid = 0
         return ended
 
@@ -245,13 +254,16 @@ class Worker(RQWorker):
         with heartbeat, self.death_penalty_class(declared.timeout_seconds, JobTimeoutException):
             yield
 
-    def _wait_for_child(self, kill_after: float) -> tuple[int, int, bool]:
+    def _wait_for_child(self, kill_after: float, on_stop: Callable[[], None]) -> tuple[int, int, bool]:
         began = time.monotonic()
-        was_killed = False
+        was_killed = was_told = False
         while True:
             pid, status = os.waitpid(self._horse_pid, os.WNOHANG)
             if pid:
                 return pid, status, was_killed
+            if self._stop_requested and not was_told:
+                was_told = True
+                on_stop()
             elapsed = time.monotonic() - began
             if (self._kill_requested and not was_killed) or elapsed > kill_after:
                 was_killed = self._kill_requested
@@ -260,6 +272,20 @@ class Worker(RQWorker):
                 self._announce(WorkerStatus.BUSY)
             # Short for short work, so that waiting adds at most a twentieth.
             time.sleep(min(0.05, max(0.0005, elapsed / 20)))
+
+    def _note_stop(self, attempt: claims.Attempt | None) -> None:
+        """Write down that this worker stops, since whoever asked for it may lose patience and kill everything.
+
+        In a process of its own, which nobody waits for: the database may hang, and this one has a child to watch.
+        """
+        if attempt is None or os.fork():
+            return
+        try:
+            claims.note_stop(attempt)
+        except Exception as error:
+            self.log.warning("Worker %s: that it stops could not be written down (%s)", self.name, error)
+        finally:
+            os._exit(0)
 
     def _note_death(
         self, message: Message, attempt: claims.Attempt | None, pid: int, status: int, was_killed: bool
@@ -278,6 +304,8 @@ class Worker(RQWorker):
                 enqueue.retry_call(message, self.connection, message.declared.backoff.delay(1))
             elif was_killed:
                 claims.release(attempt)
+            elif self._stop_requested:
+                claims.interrupt(attempt, pid, evidence)
             else:
                 claims.record_death(attempt, pid, evidence)
         except Exception:

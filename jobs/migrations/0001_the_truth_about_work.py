@@ -76,6 +76,7 @@ class Migration(migrations.Migration):
                 ("leased_at", models.DateTimeField(null=True, verbose_name="leased since")),
                 ("lease_expires_at", models.DateTimeField(null=True, verbose_name="leased until")),
                 ("holder", models.CharField(blank=True, max_length=250, verbose_name="held by")),
+                ("stopping_since", models.DateTimeField(null=True, verbose_name="its worker told to stop")),
                 ("attempts", models.PositiveIntegerField(default=0, verbose_name="failed attempts")),
                 (
                     "crashes",
@@ -122,6 +123,7 @@ class Migration(migrations.Migration):
                             ("done", "done"),
                             ("failed", "failed"),
                             ("crashed", "crashed"),
+                            ("interrupted", "interrupted by a shutdown"),
                             ("lost", "lost its lease"),
                             ("resolved", "resolved"),
                         ],

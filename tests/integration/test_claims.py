@@ -299,6 +299,30 @@ def test_one_that_was_renewed_at_the_last_moment_is_not_taken_over(task):
     assert not Run.objects.exists()
 
 
+def test_a_process_that_is_killed_after_its_worker_was_told_to_stop_counts_nothing(task):
+    """A deploy that loses patience. Twenty of them during one long job say nothing about the row."""
+    for _ in range(20):
+        claims.note_stop(taken(task))
+        let_expire()
+    taken(task)
+    claim = Claim.objects.get()
+    assert (claim.crashes, claim.deaths, claim.attempts, claim.stopping_since) == (0, 0, 0, None)
+    assert [run.outcome for run in Run.objects.all()] == ["interrupted"] * 20
+    assert "Its worker was told to stop at 20" in Run.objects.first().error
+
+
+def test_nor_does_one_whose_worker_sees_it_end(task):
+    made = taken(task)
+    claims.interrupt(made, 123, "Its process was killed by SIGKILL.")
+    assert Claim.objects.filter(crashes=0, deaths=0, lease_key=None, next_attempt_at=None).exists()
+    run = Run.objects.get()
+    assert (run.outcome, run.pid) == ("interrupted", 123)
+    assert run.error == "Its process was killed by SIGKILL. Its worker had been told to stop."
+    # Over already, or somebody else's: nothing.
+    claims.interrupt(made, 123, "Its process was killed by SIGKILL.")
+    assert Run.objects.count() == 1
+
+
 def test_nor_is_one_that_runs_out_between_two_statements(task, monkeypatch):
     """It is taken over by whoever comes next, and its crash is counted then."""
     made = taken(task)
@@ -457,7 +481,8 @@ def test_three_deaths_that_the_worker_saw_put_the_row_in_quarantine(task, caplog
         assert claim.next_attempt_at > NOON
         assert (claim.quarantined_at is not None) == (number == 3)
         run = Run.objects.latest("pk")
-        assert (run.outcome, run.error, run.pid) == ("crashed", "Its process was killed by SIGKILL.", 4711)
+        assert (run.outcome, run.pid) == ("crashed", 4711)
+        assert run.error.startswith("Its process was killed by SIGKILL. Last renewed at 2026-05-01 12:00:00+00:00, by ")
         Claim.objects.update(next_attempt_at=None)
     assert take(task) == "quarantined"
     assert "is quarantined until somebody releases it: Its process was killed by SIGKILL." in caplog.text
@@ -479,7 +504,7 @@ def test_a_process_that_had_stopped_renewing_was_ended_by_its_watchdog_which_is_
         claims.record_death(made, 7, "Killed.")
         claim = Claim.objects.get()
         assert (claim.deaths, claim.crashes, claim.quarantined_at) == (0, number, None)
-        assert claim.last_error == "It could not renew its lease in time. Killed."
+        assert claim.last_error.startswith("It could not renew its lease in time. Killed. Last renewed at 20")
         Claim.objects.update(next_attempt_at=None)
 
 

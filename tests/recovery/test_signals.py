@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from jobs.models import Run
+from jobs.models import Claim, Run
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import LEASE, Stack, is_gone
@@ -61,6 +61,28 @@ def test_an_impatient_operator_stops_a_busy_worker_at_once(stack: Stack) -> None
     assert stack.intervals(task)[1].start - given_up_at < LEASE
     assert stack.runs(task) == ["done"]
     assert stack.writes(task) == 1
+
+
+@pytest.mark.parametrize("first", ["worker", "child"])
+def test_a_deploy_that_loses_patience_counts_nothing(stack: Stack, first: str) -> None:
+    """SIGTERM, and SIGKILL soon after, to the worker and its child, in either order."""
+    task = Task.objects.create(seconds=60)
+    stack.scheduler()
+    stack.worker()
+    child, worker = stack.child_at_work(task), stack.pid()
+    stack.supervisor.hold("worker")
+    os.kill(worker, signal.SIGTERM)
+    stack.wait_for(lambda: Claim.objects.filter(stopping_since__isnull=False).exists(), "the stop written down")
+    Task.objects.update(seconds=0)
+    for pid in (worker, child.pid) if first == "worker" else (child.pid, worker):
+        stack.kill(pid)
+        stack.wait_until_gone(pid)
+        if first == "child":
+            wait_for_exit(stack, "worker", seconds=10)
+    stack.worker("second")
+    stack.wait_until_done(task)
+    assert stack.runs(task) == ["interrupted", "done"]
+    assert stack.at_once(task) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
