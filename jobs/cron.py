@@ -1,10 +1,13 @@
 """Cron expressions: five fields, or six with seconds last, in Django's time zone."""
 
-from datetime import datetime
+from datetime import UTC, datetime, timedelta, tzinfo
 
 from croniter import croniter
 from croniter.croniter import CroniterError
 from django.utils import timezone
+
+# No zone puts its clocks forward by more than this.
+LONGEST_CHANGE = timedelta(hours=2)
 
 
 def problem(expression: str) -> str | None:
@@ -20,7 +23,42 @@ def problem(expression: str) -> str | None:
 
 
 def next_time(expression: str, after: datetime) -> datetime:
-    """Return the first moment after the given one that the expression names, in Django's time zone."""
-    local = timezone.localtime(after, timezone.get_default_timezone()) if timezone.is_aware(after) else after
-    moment: datetime = croniter(expression, local).get_next(datetime)
+    """Return the first moment after the given one that the expression names in Django's time zone, as UTC.
+
+    When the clocks change, an expression whose hours are numbers comes due once for each time of day that it names: in
+    the hour that comes twice, the first time; in the one that is left out, as much later as the clocks went forward.
+    One whose hours begin with `*` goes by the time that passes.
+    """
+    if timezone.is_naive(after):
+        return _next(expression, after)
+    zone = timezone.get_default_timezone()
+    local = timezone.localtime(after, zone)
+    if expression.split()[1].startswith("*"):
+        return _next(expression, local).astimezone(UTC)
+    # What the clocks would show had they not just gone forward: what they left out may still have to come.
+    unchanged = after.astimezone(UTC) + _offset(after - LONGEST_CHANGE, zone)
+    time_of_day = min(local.replace(tzinfo=None), unchanged.replace(tzinfo=None))
+    while True:
+        time_of_day = _next(expression, time_of_day)
+        # As if the clocks had not changed yet, whether this time comes twice or not at all.
+        moment = time_of_day.replace(tzinfo=zone, fold=0).astimezone(UTC)
+        if moment > after:
+            return moment
+
+
+def count_until(expression: str, first: datetime, last: datetime, most: int) -> int:
+    """Return how often the expression comes due from the first of these moments, where it does, to the last."""
+    count = 0
+    while first <= last and count < most:
+        count += 1
+        first = next_time(expression, first)
+    return count
+
+
+def _offset(moment: datetime, zone: tzinfo) -> timedelta:
+    return timezone.localtime(moment, zone).utcoffset() or timedelta(0)
+
+
+def _next(expression: str, after: datetime) -> datetime:
+    moment: datetime = croniter(expression, after).get_next(datetime)
     return moment

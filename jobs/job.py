@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jobs.sweep import Sweep
 
 PLAIN_MAX_ATTEMPTS = 5
+MISSED = ("once", "skip", "all")
 BY_KIND: Any = object()
 # What a primary key can be in Python; a tuple or list is a composite one.
 KEYS = (str, int, float, Decimal, UUID, date, time, timedelta, tuple, list)
@@ -40,6 +41,8 @@ class Declared:
     """
 
     backoff = Backoff()
+    # What becomes of the times that nobody was there to take.
+    missed = "once"
     # Whether each run that went well is kept in the history, or only those that did not.
     keeps_history = True
 
@@ -109,7 +112,7 @@ class Declared:
 
     def finish(self, outcome: str, kept: dict[str, Any]) -> None:
         """Write on the schedule that a run has ended: all that were owed when it began, or now if that is not kept."""
-        settled = {"settled_runs": F("due_runs"), **kept}
+        settled = {"settled_runs": F("settled_runs") + 1 if self.missed == "all" else F("due_runs"), **kept}
         apps.get_model("selfheal", "Schedule").objects.filter(pk=self.name).update(
             last_finished_at=clock.now(), last_outcome=outcome, **settled
         )
@@ -146,10 +149,12 @@ class Job(Declared):
         max_attempts: int | None = BY_KIND,
         backoff: Backoff | None = None,
         cron: str | None = None,
+        missed: str = "once",
         unique_for: timedelta | None = None,
         unique_until: str | None = None,
     ) -> None:
         super().__init__(function, name, queue, timeout, cron)
+        self.missed = missed
         self._max_attempts = max_attempts
         self.backoff = backoff if backoff is not None else Backoff()
         self.unique_for = unique_for
@@ -285,7 +290,8 @@ class Job(Declared):
             return {}
         kept: dict[str, Any] = row.start()
         _must_have_run(self.function(), self)
-        return kept
+        # One of them by one, or all that had come due before this one began.
+        return {} if self.missed == "all" else kept
 
     def finish(self, outcome: str, kept: dict[str, Any]) -> None:
         if not self.is_swept:
@@ -314,6 +320,10 @@ class Job(Declared):
                 yield "E004", f"It is called with {given}, which its parameters do not allow: {error}."
         if self.is_swept and self.unique_for is not None:
             yield "E006", "unique_for is for plain jobs; a row's id is unique in the queue anyway. Remove it."
+        if self.missed not in MISSED:
+            yield "E004", f'missed is {self.missed!r}; pass "once", "skip" or "all".'
+        elif self.missed != "once" and self.cron is None:
+            yield "E004", f'missed="{self.missed}" does nothing without cron; pass both.'
         if self.is_swept and self.cron is not None:
             yield "E006", "A job that a sweep feeds has no cron of its own; move it to the sweep."
 
@@ -343,6 +353,7 @@ def job(
     max_attempts: int | None = ...,
     backoff: Backoff | None = None,
     cron: str | None = None,
+    missed: Literal["once", "skip", "all"] = "once",
     unique_for: timedelta | None = None,
     unique_until: Literal["start", "done"] | None = None,
 ) -> Callable[[Callable[..., Any]], Job]: ...
@@ -352,8 +363,10 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     `queue` is a name in RQ_QUEUES. `name` must be unique in the project. `timeout` ends an attempt (default: the
     queue's). `max_attempts` is the number of exceptions after which a row is quarantined (default: never) or a plain
     call given up (default: 5), `backoff` the wait between them. `cron` runs it on a schedule, in Django's time zone, a
-    sixth field being seconds. For plain jobs, `unique_for` keeps out a second call with the same arguments until the
-    first has started (`unique_until="start"`) or ended for good ("done", the default), and never longer.
+    sixth field being seconds. After an outage it makes up for the times that were missed by one run (`missed="once"`),
+    by none ("skip"), or by one for each, up to 1,000 ("all"). For plain jobs, `unique_for` keeps out a second call with
+    the same arguments until the first has started (`unique_until="start"`) or ended for good ("done", the default), and
+    never longer.
 
     What cannot work is reported by `manage.py check`, which every command runs at start.
     """

@@ -46,6 +46,11 @@ redis.call('SET', KEYS[1], '', 'PX', ARGV[1])
 return 1
 """
 
+# A run that nobody took within this time of when it was due was missed.
+LATE = timedelta(minutes=1)
+# At most this many of the runs that were missed are made up for, where all of them should be.
+CAUGHT_UP = 1000
+
 # At most this many claims whose time has come are queued again per tick and job: their sweep brings the others.
 DUE_CLAIMS = 1000
 
@@ -108,10 +113,10 @@ def _take_due(errors: _Errors) -> None:
         declared = registry.get(schedule.name)
         if declared is not None and declared.cron is not None:
             with errors.kept():
-                _advance(schedule, schedule.cron or declared.cron, now)
+                _advance(schedule, schedule.cron or declared.cron, now, declared.missed)
 
 
-def _advance(schedule: Schedule, expression: str, now: datetime) -> None:
+def _advance(schedule: Schedule, expression: str, now: datetime, missed: str) -> None:
     """Set when the schedule is due next, and owe a run if it is due now, to be pushed once it is not switched off.
 
     Of those who try at the same moment one succeeds: the statement asks again for what was read.
@@ -122,12 +127,20 @@ def _advance(schedule: Schedule, expression: str, now: datetime) -> None:
         raise Misconfigured(f"{schedule} cannot be scheduled: {cron.problem(expression) or error}") from error
     changes: dict[str, Any] = {"next_run_at": following}
     if schedule.next_run_at is not None and schedule.next_run_at <= now:
-        changes.update(due_runs=F("due_runs") + 1, last_enqueued_at=now)
+        if due := _due(schedule.next_run_at, expression, now, missed):
+            changes.update(due_runs=F("due_runs") + due, last_enqueued_at=now)
     elif schedule.next_run_at == following:
         return
     # Otherwise it is new, or its cron has changed.
     as_read = Q(next_run_at=schedule.next_run_at) if schedule.next_run_at else Q(next_run_at__isnull=True)
     type(schedule).objects.filter(as_read, pk=schedule.pk).update(**changes)
+
+
+def _due(since: datetime, expression: str, now: datetime, missed: str) -> int:
+    """Return how many runs are to be made of the times that have come due since then."""
+    if missed == "skip":
+        return int(since > now - LATE or cron.next_time(expression, now - LATE) <= now)
+    return cron.count_until(expression, since, now, CAUGHT_UP) if missed == "all" else 1
 
 
 def _push_owed(errors: _Errors) -> list[str]:

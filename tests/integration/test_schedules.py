@@ -102,6 +102,55 @@ def test_many_times_that_were_missed_are_one_run(hourly, queued):
     assert schedule(hourly).next_run_at == NOON + timedelta(days=7, hours=1)
 
 
+@pytest.mark.parametrize(
+    ("missed", "late_by", "runs"),
+    [
+        ("once", timedelta(hours=3, minutes=5), 1),
+        ("all", timedelta(hours=3, minutes=5), 4),
+        # Nobody was there at twelve, one and two. At three somebody was, half a minute late.
+        ("skip", timedelta(hours=3, minutes=5), 0),
+        ("skip", timedelta(hours=3, seconds=30), 1),
+        ("skip", timedelta(seconds=30), 1),
+        ("skip", timedelta(minutes=2), 0),
+        ("all", timedelta(days=365), scheduler.CAUGHT_UP),
+    ],
+    ids=str,
+)
+def test_what_becomes_of_the_times_that_were_missed(nothing_else, queued, missed, late_by, runs):
+    nights = []
+
+    @job(cron="0 * * * *", missed=missed)
+    def hourly():
+        nights.append(True)
+
+    change(hourly, next_run_at=NOON)
+    now = NOON + late_by
+    tick(now=now)
+    assert schedule(hourly).next_run_at > now
+    assert schedule(hourly).due_runs == runs
+    for number in range(min(runs, 10)):
+        with clock.fixed(now):
+            assert drain() == {"done": 1}
+        # One run at a time, and each tick brings the next.
+        assert len(nights) == number + 1
+        tick(now=now)
+    assert queued() == (["hourly"] if runs > 10 else [])
+
+
+def test_of_several_runs_to_be_made_up_for_one_that_fails_for_good_is_one(nothing_else, queued):
+    @job(cron="0 * * * *", missed="all", max_attempts=1)
+    def hourly():
+        raise RuntimeError("no")
+
+    change(hourly, next_run_at=NOON)
+    now = NOON + timedelta(hours=2)
+    for _ in range(3):
+        assert tick(now=now) == ["hourly"]
+        with clock.fixed(now):
+            assert drain() == {"failed": 1}
+    assert tick(now=now) == []
+
+
 def test_the_time_zone_is_djangos(hourly, settings):
     settings.TIME_ZONE = "Asia/Tokyo"
     change(hourly, cron="0 9 * * *")

@@ -146,6 +146,8 @@ def test_e003_a_sweeps_own_queue():
             'unique_until is \'end\'; pass "start" or "done".',
         ),
         ({"unique_until": "start"}, "unique_until does nothing without unique_for; pass both."),
+        ({"cron": EVERY_MINUTE, "missed": "never"}, 'missed is \'never\'; pass "once", "skip" or "all".'),
+        ({"missed": "all"}, 'missed="all" does nothing without cron; pass both.'),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """Cron expressions: five fields or six, in Django's time zone."""
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -54,6 +55,63 @@ def test_every_minute_is_every_minute_also_while_the_clocks_change(settings, nig
     for minute in range(180):
         now = night + timedelta(minutes=minute)
         assert cron.next_time("* * * * *", now).astimezone(UTC) == now + timedelta(minutes=1)
+
+
+def moments(expression: str, after: datetime, days: int) -> list[datetime]:
+    """Every moment at which the expression comes due, in these days."""
+    found, now = [], after
+    while (now := cron.next_time(expression, now)) <= after + timedelta(days=days):
+        found.append(now)
+    return found
+
+
+# The days around both changes of the clocks, where they go forward at two, at midnight, and by half an hour.
+CHANGES = [
+    ("Europe/Berlin", utc(2026, 3, 27, 12), utc(2026, 10, 23, 12)),
+    ("America/Santiago", utc(2026, 9, 4, 18), utc(2026, 4, 3, 18)),
+    ("Australia/Sydney", utc(2026, 10, 2, 3), utc(2026, 4, 3, 3)),
+    ("Australia/Lord_Howe", utc(2026, 10, 2, 3), utc(2026, 4, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("zone", "forward", "back"), CHANGES)
+@pytest.mark.parametrize("hour", [0, 1, 2, 3])
+@pytest.mark.parametrize("minute", [0, 15, 30, 59])
+def test_a_time_of_day_comes_due_once_a_day_whatever_the_clocks_do(settings, zone, forward, back, hour, minute):
+    settings.TIME_ZONE = zone
+    for noon in (forward, back):
+        due = [moment.astimezone(ZoneInfo(zone)) for moment in moments(f"{minute} {hour} * * *", noon, 4)]
+        assert len({moment.date() for moment in due}) == len(due) == 4
+        late = [moment for moment in due if (moment.hour, moment.minute) != (hour, minute)]
+        # At most on the one day on which there is no such time: later, by as much as the clocks went forward.
+        assert len(late) <= (noon == forward)
+        for moment in late:
+            change = moment.utcoffset() - (moment - timedelta(hours=3)).astimezone(moment.tzinfo).utcoffset()
+            unchanged = moment.astimezone(UTC) + moment.utcoffset() - change
+            assert (unchanged.hour, unchanged.minute) == (hour, minute)
+
+
+@pytest.mark.parametrize(("zone", "forward", "back"), CHANGES)
+def test_several_times_in_the_hour_that_is_left_out_all_come(settings, zone, forward, back):
+    settings.TIME_ZONE = zone
+    for noon in (forward, back):
+        assert len(moments("*/20 0-3 * * *", noon, 4)) in (4 * 12, 4 * 12 - 3, 4 * 12 - 2, 4 * 12 - 1)
+
+
+@pytest.mark.parametrize(("zone", "forward", "back"), CHANGES)
+def test_hours_with_a_star_go_by_the_time_that_passes(settings, zone, forward, back):
+    settings.TIME_ZONE = zone
+    for noon in (forward, back):
+        due = moments("*/15 * * * *", noon, 4)
+        assert {following - one for one, following in pairwise(due)} == {timedelta(minutes=15)}
+
+
+def test_how_often_it_came_due():
+    noon = utc(2026, 5, 1, 12)
+    assert cron.count_until("0 * * * *", noon, noon + timedelta(hours=3), 1000) == 4
+    assert cron.count_until("0 * * * *", noon, noon + timedelta(hours=3, minutes=59), 1000) == 4
+    assert cron.count_until("0 * * * *", noon, noon - timedelta(seconds=1), 1000) == 0
+    assert cron.count_until("* * * * * *", noon, noon + timedelta(days=365), 1000) == 1000
 
 
 def test_without_time_zones_the_fields_are_local(settings):

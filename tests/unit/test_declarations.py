@@ -201,6 +201,7 @@ def test_the_options_are_those_of_the_contract():
         "max_attempts",
         "backoff",
         "cron",
+        "missed",
         "unique_for",
         "unique_until",
     }
