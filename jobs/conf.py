@@ -1,12 +1,14 @@
 """The settings in `JOBS`, their defaults, and nothing read before it is needed.
 
-Every one is a duration, given as a timedelta.
+Every one is a duration, given as a timedelta, save `REDACT`.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 from django.conf import settings
+from django.utils.module_loading import import_string
 
 from jobs.exceptions import Misconfigured
 
@@ -24,6 +26,15 @@ DEFAULTS = {
 }
 
 
+# The password in a URL, as in what a driver says about a server that does not let it in.
+URL_PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^/\s@]+@")
+
+
+def hide_url_passwords(text: str) -> str:
+    """What `REDACT` does unless it is set: `postgres://user:***@host` for what stood there."""
+    return URL_PASSWORD.sub(r"\1:***@", text)
+
+
 class Conf:
     """`conf.LEASE` and its siblings, read from the settings at each use.
 
@@ -39,6 +50,22 @@ class Conf:
         return value
 
     @property
+    def REDACT(self) -> Callable[[str], str]:
+        """What takes secrets out of the errors of jobs, before they are stored and logged: a function, or its path.
+
+        Raises `Misconfigured` for anything else.
+        """
+        value = getattr(settings, "JOBS", {}).get("REDACT", hide_url_passwords)
+        try:
+            function = import_string(value) if isinstance(value, str) else value
+        except ImportError as error:
+            raise Misconfigured(f"JOBS['REDACT'] is {value!r}, which cannot be imported: {error}") from None
+        if not callable(function):
+            raise Misconfigured(f"JOBS['REDACT'] is {value!r}; make it a function of a text, or the path to one.")
+        redact: Callable[[str], str] = function
+        return redact
+
+    @property
     def lease_margin(self) -> timedelta:
         """How long before its lease ends a process that cannot renew it ends itself: 10 s of the default 60."""
         return self.LEASE / 6
@@ -51,12 +78,13 @@ def problems() -> Iterator[str]:
     """Yield a sentence for each setting that cannot work."""
     given = getattr(settings, "JOBS", {})
     if not isinstance(given, dict):
-        yield f"JOBS is {given!r}; make it a dict of timedeltas."
+        yield f"JOBS is {given!r}; make it a dict."
         return
-    for name in given.keys() - DEFAULTS.keys():
-        yield f"JOBS has no setting {name!r}; use one of {', '.join(DEFAULTS)}."
+    names = [*DEFAULTS, "REDACT"]
+    for name in given.keys() - set(names):
+        yield f"JOBS has no setting {name!r}; use one of {', '.join(names)}."
     try:
-        for name in DEFAULTS:
+        for name in names:
             getattr(conf, name)
         if conf.HEARTBEAT * 2 > conf.LEASE:
             yield (

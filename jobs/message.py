@@ -23,6 +23,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import as_text
 
 from jobs import registry
+from jobs.exceptions import Misconfigured
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -190,6 +191,10 @@ class Message(Job):
     @property
     def func(self) -> Any:
         return self.declared
+
+    def perform(self) -> Any:
+        """Refuse: a worker of another class would run the function without a claim, with a key instead of the row."""
+        raise Misconfigured(f"{self.id} needs a worker of the class jobs.worker.Worker; set it in RQ['WORKER_CLASS'].")
 
     # rq imports a callback by the name that stands in Redis. Nothing that stands in Redis is imported here.
     success_callback = failure_callback = stopped_callback = property(lambda self: None)

@@ -83,8 +83,7 @@ def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome:
         raise
     except BaseException as error:
         _raise_if_asked_to_stop(error)
-        logger.exception("%s failed", attempt.work)
-        sentence, trace = _sentence(error), _trace(error)
+        sentence, trace = _describe(error, attempt.work)
         _write_down(lambda: claims.fail(attempt, sentence, trace, needed=_is_needed(attempt)))
         return "failed"
     _write_down(lambda: claims.settle(attempt, kept))
@@ -108,12 +107,11 @@ def perform_call(message: Message, connection: Redis, gone_after: float, guard: 
             job.function(*message.args, **message.kwargs)
     except BaseException as error:
         _raise_if_asked_to_stop(error)
-        logger.exception("%s failed", message.id)
+        sentence, trace = _describe(error, message.id)
         if job.max_attempts is not None and attempt >= job.max_attempts:
             enqueue.end_call(message, connection)
         else:
             enqueue.retry_call(message, connection, job.backoff.delay(attempt))
-        sentence, trace = _sentence(error), _trace(error)
         _write_down(lambda: _record_call(message, "failed", started_at, sentence, trace))
         return "failed"
     enqueue.end_call(message, connection)
@@ -168,20 +166,22 @@ def _raise_if_asked_to_stop(error: BaseException) -> None:
         raise error
 
 
-def _sentence(error: BaseException) -> str:
-    try:
-        said = str(error)
-    except Exception:
-        said = "(it cannot be written as text)"
-    return _storable(f"{type(error).__name__}: {said}")[:LONGEST_ERROR]
-
-
-def _trace(error: BaseException) -> str:
-    try:
+def _describe(error: BaseException, work: str) -> tuple[str, str]:
+    """Log what a job raised; return it as a sentence and a traceback that can be stored. Secrets are in neither."""
+    said = trace = f"{type(error).__name__}: (it cannot be written as text)"
+    with contextlib.suppress(Exception):
         trace = "".join(traceback.format_exception(error))
-    except Exception:
-        trace = "(it cannot be written as text)"
-    return _storable(trace)[-LONGEST_TRACE:]
+        said = f"{type(error).__name__}: {error}"
+    try:
+        sentence, redacted = conf.REDACT(said), conf.REDACT(trace)
+    except Exception as failure:
+        # Better to know less than to show what was to be hidden.
+        redacted = sentence = f"{type(error).__name__}: (REDACT raised {type(failure).__name__})"
+    if redacted == trace:
+        logger.error("%s failed", work, exc_info=error)
+    else:
+        logger.error("%s failed: %s", work, redacted)
+    return _storable(sentence)[:LONGEST_ERROR], _storable(redacted)[-LONGEST_TRACE:]
 
 
 def _storable(text: str) -> str:

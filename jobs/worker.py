@@ -19,9 +19,11 @@ from types import FrameType
 from typing import Any
 
 from django.db import InterfaceError, OperationalError, connections
+from django.utils.module_loading import import_string
 from redis.exceptions import RedisError
 from rq import worker_registration
 from rq.exceptions import DequeueTimeout
+from rq.serializers import DefaultSerializer, JSONSerializer
 from rq.suspension import is_suspended
 from rq.timeouts import JobTimeoutException
 from rq.utils import now
@@ -30,6 +32,7 @@ from rq.worker.base import WorkerStatus, signal_name
 
 from jobs import claims, enqueue, perform, queues, scheduler
 from jobs.conf import conf
+from jobs.exceptions import Misconfigured
 from jobs.job import Declared
 from jobs.message import Message
 
@@ -44,6 +47,13 @@ LONGEST_RETRY_SECONDS = 5.0
 TICK_SECONDS = 60.0
 # How a child ends that could not ask the database about its row.
 EXIT_NO_DATABASE = 69
+
+# What its command could be given instead. Messages are JSON in any case; rq's default is what the command passes.
+ALLOWED: dict[str, Any] = {
+    "job_class": Message,
+    "queue_class": queues.Queue,
+    "serializer": (DefaultSerializer, JSONSerializer),
+}
 
 
 def _ending(status: int) -> str:
@@ -66,6 +76,12 @@ class Worker(RQWorker):
     job_class = Message
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make a worker. Raises `Misconfigured` for another job class, queue class or serializer than the project's."""
+        for option, allowed in ALLOWED.items():
+            given = kwargs.get(option)
+            given = import_string(given) if isinstance(given, str) else given
+            if given is not None and not (isinstance(given, type) and issubclass(given, allowed)):
+                raise Misconfigured(f"This worker cannot run with {option}={given!r}; leave that option away.")
         super().__init__(*args, **kwargs)
         # It registers again every heartbeat, so that a Redis which was emptied knows it soon.
         self.worker_ttl = int(4 * conf.HEARTBEAT.total_seconds()) + SOCKET_SECONDS

@@ -16,16 +16,24 @@ import pytest
 from django.contrib import admin
 from django.test import Client
 from django.urls import include, path
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from redis import Redis
+from rq import SimpleWorker
+from rq import Worker as RQWorker
 from rq.exceptions import NoSuchJobError
 from rq.job import Job as RQJob
 from rq.serializers import DefaultSerializer, JSONSerializer
 
 from config import BASE_DIR
 from config.servers import RedisServer
-from jobs import QueueUnavailable, queues
+from jobs import QueueUnavailable, job, queues, registry
+from jobs.exceptions import Misconfigured
 from jobs.message import MAX_CALL_BYTES, Message
+from jobs.models import Claim, Run
 from jobs.testing import drain, tick
+from jobs.worker import Worker
 from tests import database
 from tests.cast.jobs import do_keyed, do_task, touch_file
 from tests.cast.models import Keyed, Task
@@ -336,6 +344,99 @@ def test_a_list_of_the_wrong_type_is_an_error_for_a_plain_job(redis):
     redis.set(URGENT_LIST, "no list")
     with pytest.raises(QueueUnavailable, match="touch_file was not queued"):
         touch_file.enqueue("/tmp/x")
+
+
+# Ids of every kind: bytes of any sort, and those that begin as a message of this project does.
+anything = st.one_of(
+    st.binary(max_size=60),
+    st.builds(
+        lambda name, dash, rest: (name + dash).encode() + rest,
+        st.sampled_from(["do_task", "do_keyed", "touch_file", "nightly", "schedule_tasks", ""]),
+        st.sampled_from(["-", "", "--", ":"]),
+        st.one_of(st.binary(max_size=30), st.from_regex(r"[0-9A-F_]{1,20}", fullmatch=True).map(str.encode)),
+    ),
+)
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+fuzzed = settings_of_hypothesis(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@fuzzed
+@given(ids=st.lists(anything, min_size=1, max_size=10))
+@example(ids=[b"do_task-1"])
+def test_whatever_lies_in_a_queue_is_taken_off_it_and_does_no_harm(ids, redis, queued):
+    Task.objects.update_or_create(pk=1, defaults={"state": "done", "writes": 0})
+    redis.flushall()
+    redis.rpush(DEFAULT_LIST, *ids)
+    redis.zadd(queues.DELAYED_KEY, dict.fromkeys(ids, 0))
+    tick()
+    drain()
+    assert redis.llen(DEFAULT_LIST) == 0
+    assert Task.objects.get(pk=1).writes == 0
+
+
+@fuzzed
+@given(
+    data=st.one_of(
+        st.binary(max_size=200),
+        values.map(lambda value: zlib.compress(json.dumps(value).encode())),
+        st.tuples(st.sampled_from(["take_anything", "os.system"]), values, values, values).map(
+            lambda call: zlib.compress(json.dumps(call).encode())
+        ),
+    ),
+    attempt=st.one_of(st.none(), st.binary(max_size=10), st.integers().map(lambda number: str(number).encode())),
+)
+def test_whatever_a_calls_hash_holds_does_no_harm(data, attempt, redis):
+    taken = []
+    with registry.sandbox():
+
+        @job(max_attempts=2)
+        def take_anything(*args, **kwargs):
+            taken.append((args, kwargs))
+
+        redis.flushall()
+        redis.hset("rq:job:take_anything-x", mapping={"data": data} | ({} if attempt is None else {"attempt": attempt}))
+        redis.rpush(DEFAULT_LIST, "take_anything-x")
+        outcomes = drain()
+    assert redis.llen(DEFAULT_LIST) == 0
+    # What was called was what is declared, with what JSON can hold; all else was no message.
+    assert outcomes["done"] == len(taken)
+    if taken:
+        name, _, args, kwargs = json.loads(zlib.decompress(data))
+        assert name == "take_anything"
+        assert json.dumps([(tuple(args), kwargs)]) == json.dumps(taken)
+
+
+@pytest.mark.parametrize("kind", [SimpleWorker, RQWorker], ids=lambda kind: kind.__name__)
+def test_a_worker_of_another_class_does_nothing_to_a_row(kind, task, redis, queued):
+    """It would call the function with a key, and without a claim."""
+    do_task.enqueue(task)
+    kind([queues.Queue("default", connection=redis)], connection=redis, job_class=Message).work(burst=True)
+    assert queued() == []
+    assert Task.objects.get().state == "pending"
+    assert not Claim.objects.exists()
+    assert not Run.objects.exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"job_class": RQJob},
+        {"job_class": "rq.job.Job"},
+        {"queue_class": django_rq.queues.DjangoRQ},
+        {"serializer": "rq.serializers.PickleSerializer", "job_class": dict},
+        {"serializer": "json.JSONDecoder"},
+    ],
+    ids=str,
+)
+def test_a_worker_with_foreign_options_does_not_start(option, redis):
+    with pytest.raises(Misconfigured, match=r"This worker cannot run with \w+=.*; leave that option away"):
+        Worker(["default"], connection=redis, **option)
 
 
 def test_a_worker_drops_what_it_does_not_know_and_lives(task, redis, redis_server: RedisServer):

@@ -284,6 +284,48 @@ def test_a_failure_without_words_and_one_with_many(task, doing, caplog):
         Claim.objects.update(next_attempt_at=None)
 
 
+PASSWORD = "sesame"
+
+
+def write_secrets(task: Task) -> None:
+    raise ConnectionError(f"postgres://app:{PASSWORD}@db:5432/app and https://token:{PASSWORD}@api are away")
+
+
+def no_sesame(text: str) -> str:
+    return text.replace("sesame", "(hidden)")
+
+
+def fail_to_redact(text: str) -> str:
+    raise KeyError("sesame")
+
+
+@pytest.mark.parametrize(
+    ("redact", "error"),
+    [
+        (None, "ConnectionError: postgres://app:***@db:5432/app and https://token:***@api are away"),
+        (no_sesame, "ConnectionError: postgres://app:(hidden)@db:5432/app and https://token:(hidden)@api are away"),
+        (f"{__name__}.no_sesame", "ConnectionError: postgres://app:(hidden)@db:5432/app and https://token:(hid"),
+        (fail_to_redact, "ConnectionError: (REDACT raised KeyError)"),
+    ],
+    ids=["by itself", "function", "path", "fails"],
+)
+def test_no_secret_is_stored_or_logged(task, doing, settings, caplog, redact, error):
+    settings.JOBS = settings.JOBS | ({"REDACT": redact} if redact else {})
+    assert perform(doing(write_secrets), task) == "failed"
+    run, claim = Run.objects.get(), Claim.objects.get()
+    assert run.error.startswith(error)
+    assert claim.last_error == run.error
+    kept = [run.error, run.traceback, claim.last_error, caplog.text]
+    assert not any("sesame" in text for text in kept)
+    assert "work of cast.task" in caplog.text
+
+
+def test_what_needs_no_redaction_is_logged_with_its_exception(task, doing, caplog):
+    assert perform(doing(fail), task) == "failed"
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert str(record.exc_info[1]) == "No space left"
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_max_attempts_is_how_many_exceptions_there_may_be(task, doing, times):
     work = doing(fail, max_attempts=times, backoff=Backoff(first=timedelta(milliseconds=1), cap=A_MINUTE))

@@ -270,9 +270,11 @@ def test_a_subclass_does_by_path_or_itself(settings):
         ({"LEASE": 60}, "JOBS['LEASE'] is 60; make it a timedelta longer than zero."),
         ({"TICK": timedelta(0)}, "JOBS['TICK'] is datetime.timedelta(0); make it a timedelta longer than zero."),
         ({"KEEP_RUNS": None}, "JOBS['KEEP_RUNS'] is None; make it a timedelta longer than zero."),
+        ({"REDACT": 1}, "JOBS['REDACT'] is 1; make it a function of a text, or the path to one."),
+        ({"REDACT": "no.such.function"}, "JOBS['REDACT'] is 'no.such.function', which cannot be imported"),
         ({"LEASE": timedelta(seconds=29)}, "leaves room for less than two heartbeats"),
-        ([], "JOBS is []; make it a dict of timedeltas."),
-        (None, "JOBS is None; make it a dict of timedeltas."),
+        ([], "JOBS is []; make it a dict."),
+        (None, "JOBS is None; make it a dict."),
     ],
     ids=str,
 )
