@@ -106,6 +106,7 @@ class Bench:
         small = self.measure("backlog")
         self.measure("fill", "pending", most // 10)
         yield from self.measure("whole")
+        yield from self.measure("storm")
         self.measure("fill", "pending", most)
         for of_small, of_large in zip(small, self.measure("backlog"), strict=True):
             yield Figure(

@@ -23,7 +23,7 @@ from benchmarks.figures import Figure
 from databases.jobs import create_database, schedule_databases
 from databases.models import Database
 from databases.provisioners import Provisioned
-from jobs import worker
+from jobs import clock, job, registry, scheduler, sweep, worker
 from jobs.models import Claim, Run, Schedule
 from jobs.testing import perform
 
@@ -187,6 +187,25 @@ def whole() -> Iterator[Figure]:
     yield Figure("… its memory", second.megabytes, "MB", at_most=250)
 
 
+def storm() -> Iterator[Figure]:
+    """Redis lost while the work of twenty jobs was queued: one tick, and one worker for what that pushes."""
+    types, rows = 20, Database.objects.pending().count()
+    each = rows // types
+    registry._declared.clear()
+    for number in range(types):
+        lost = Database.objects.filter(pk__gt=number * each, pk__lte=(number + 1) * each)
+        sweep(job(name=f"work_{number}")(ready), cron="* * * * *", name=f"schedule_work_{number}")(lost.pending)
+    scheduler.tick()
+    Schedule.objects.update(next_run_at=clock.read())
+    redis().flushall()
+    with timed() as healing:
+        assert len(scheduler.tick()) == types
+        worker.Worker(["background"], connection=redis()).work(burst=True)
+    assert redis().llen("rq:queue:default") == types * each
+    redis().flushall()
+    yield Figure(f"{rows:,} lost rows of {types} jobs, all queued again", healing.seconds, "s", at_most=60)
+
+
 def best(action: Callable[[], None], before: Callable[[], object] = lambda: None) -> float:
     """Return the seconds of the quickest of three: what else the machine does only ever adds to them."""
     seconds = []
@@ -224,7 +243,7 @@ def redis() -> Redis:
 
 
 MEASURES: dict[str, Callable[..., Iterator[Figure] | None]] = {
-    each.__name__: each for each in (fill, empty, pushes, idle, life, backlog, whole)
+    each.__name__: each for each in (fill, empty, pushes, idle, life, backlog, whole, storm)
 }
 
 

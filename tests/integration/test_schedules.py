@@ -268,6 +268,38 @@ def test_a_scheduler_killed_after_it_took_what_was_due_loses_nothing(hourly, mon
     assert tick(now=NOON + timedelta(seconds=5)) == ["hourly"]
 
 
+def test_many_that_come_due_together_are_spread_over_their_minute_and_stay_a_minute_apart(nothing_else, queued):
+    sweeps = []
+    for number in range(300):
+        made = job(name=f"work_{number}")(lambda row: None)
+        sweeps.append(sweep(made, cron="* * * * *", name=f"schedule_work_{number}")(Task.objects.pending))
+    tick(now=NOON)
+    pushed_at: dict[str, list[int]] = {}
+    for seconds in range(60, 240, 5):
+        with clock.fixed(NOON + timedelta(seconds=seconds)):
+            for name in tick(now=clock.read()):
+                pushed_at.setdefault(name, []).append(seconds)
+            drain()
+    times = [seconds for pushes in pushed_at.values() for seconds in pushes]
+    # 300 in the twelve ticks of a minute.
+    assert {seconds: times.count(seconds) for seconds in times} == dict.fromkeys(range(60, 240, 5), 25)
+    assert all(pushes == [pushes[0] + 60 * number for number in range(3)] for pushes in pushed_at.values())
+    assert len(pushed_at) == len(sweeps)
+
+
+def test_what_comes_due_often_keeps_nobody_waiting(nothing_else):
+    for number in range(50):
+        job(cron="* * * * * *", name=f"a_{number}")(lambda: None)
+    job(cron="* * * * *", name="z")(lambda: None)
+    tick(now=NOON)
+    pushed = []
+    for seconds in range(60, 80, 5):
+        with clock.fixed(NOON + timedelta(seconds=seconds)):
+            pushed += tick(now=clock.read())
+            drain()
+    assert pushed.count("z") == 1
+
+
 def test_what_is_being_worked_on_is_not_pushed(hourly, queued):
     owe(hourly)
     claims.take(Attempt(hourly, "selfheal.schedule", "hourly"))
