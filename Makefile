@@ -4,11 +4,14 @@ PYTHON ?= python3
 # More test processes than cores: the recovery tests mostly wait.
 WORKERS ?= 4
 ARGS ?=
+# Where `make test` runs: here, or in one of the two that `make matrix` makes.
+VENV ?= .venv
 
 INSTALLED := .venv/.installed
+EXTRAS := local,postgres,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test postgres bench lint format clean .venv
+.PHONY: help demo run test matrix bench lint format clean .venv
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,12 +22,18 @@ demo: .venv  ## break everything for a few minutes and count what was lost (ARGS
 run: .venv  ## run the whole stack until Ctrl-C, with the admin in a browser (ARGS="--port 8001")
 	.venv/bin/python -m config.run $(ARGS)
 
-test: .venv  ## run every test; they start their own servers (ARGS="-k name")
-	.venv/bin/python manage.py makemigrations --check --dry-run
-	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+# With ARGS, what is left may be about one of the databases alone; pytest then ends with 5 on the other.
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+OR_NONE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
-postgres: .venv  ## run the integration and recovery tests on PostgreSQL, which they start
-	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal --postgres tests/integration tests/recovery $(ARGS)
+test: $(VENV)/.installed  ## run every test on SQLite and on PostgreSQL; they start their own servers (ARGS="-k name")
+	$(VENV)/bin/python manage.py makemigrations --check --dry-run
+	$(PYTEST) $(OR_NONE)
+	$(PYTEST) --postgres $(OR_NONE)
+
+matrix:  ## run them with the oldest versions of everything that are supported, and with the newest
+	$(MAKE) test VENV=.venv-oldest
+	$(MAKE) test VENV=.venv-newest
 
 bench: .venv  ## measure speed and memory against their bars, and write benchmarks/RESULTS.md (10 minutes)
 	.venv/bin/python -m benchmarks $(ARGS)
@@ -40,7 +49,7 @@ format: .venv  ## put the code into the format that lint wants
 	.venv/bin/python -m ruff format .
 
 clean:  ## remove .venv, the caches, and what `make run` keeps in var/
-	rm -rf .venv var build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest var build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv: $(INSTALLED)  ## make the virtual environment (PYTHON=python3.12)
@@ -52,5 +61,19 @@ $(INSTALLED): pyproject.toml
 		echo "Install one, or name one that you have: make $(or $(MAKECMDGOALS),.venv) PYTHON=python3.12" >&2; \
 		exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[local,postgres,dev]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# Every Python that is new enough, newest first: on PATH, and pyenv's, which its commands on PATH do not start by
+# themselves. With one Python alone, both ends have that.
+PYTHONS = PATH=".venv/bin:$$PATH:$$(printf %s: "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin)" \
+	.venv/bin/uv python list --no-python-downloads --only-installed '>=3.11' 2>/dev/null | awk '{ print $$2 }'
+
+.venv-oldest/.installed: CHOICE = $(PYTHONS) | tail -1
+.venv-oldest/.installed: RESOLUTION = lowest-direct
+.venv-newest/.installed: CHOICE = $(PYTHONS) | head -1
+.venv-newest/.installed: RESOLUTION = highest
+.venv-oldest/.installed .venv-newest/.installed: $(INSTALLED)
+	.venv/bin/uv venv --quiet --clear --seed --python "$$($(CHOICE))" $(@D)
+	.venv/bin/uv pip install --quiet --python $(@D) --resolution $(RESOLUTION) --editable '.[$(EXTRAS)]'
 	@touch $@

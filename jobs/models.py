@@ -123,8 +123,8 @@ class Claim(models.Model):
     job = models.CharField(_("job"), max_length=80)
     model = models.CharField(_("model"), max_length=200)
     object_pk = models.TextField(_("row"))
-    lease_key = models.CharField(_("lease"), max_length=250, null=True, unique=True)  # noqa: DJ001  (NULLs are not equal)
-    token = models.CharField(max_length=32, blank=True, db_index=True)
+    lease_key = models.CharField(_("lease"), max_length=250, null=True)  # noqa: DJ001  (NULLs are not equal)
+    token = models.CharField(max_length=32, blank=True)
     leased_at = models.DateTimeField(_("leased since"), null=True)
     lease_expires_at = models.DateTimeField(_("leased until"), null=True)
     holder = models.CharField(_("held by"), max_length=250, blank=True)
@@ -144,8 +144,11 @@ class Claim(models.Model):
         verbose_name_plural = _("claims")
         constraints: ClassVar = [
             models.UniqueConstraint(fields=["job", "model", "object_pk"], name="selfheal_one_claim_per_job_and_row"),
+            # Not `unique=True`, nor `db_index=True` below: on PostgreSQL either makes a second index, for LIKE.
+            models.UniqueConstraint(fields=["lease_key"], name="selfheal_one_lease_per_row"),
         ]
         indexes: ClassVar = [
+            models.Index(fields=["token"], name="selfheal_claim_by_token"),
             models.Index(fields=["job", "next_attempt_at"], name="selfheal_claim_due"),
             models.Index(fields=["model", "object_pk"], name="selfheal_claim_by_row"),
         ]

@@ -5,10 +5,15 @@ PostgreSQL of their own: one server for the run, and in it a database for each t
 """
 
 import os
+import platform
+import sqlite3
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
+import psycopg
 import pytest
+from packaging.requirements import Requirement
 
 OF_THE_DEVELOPER = ("REDIS_URL", "DATABASES_FOLDER", "DATABASES_PROVISIONER", "ALLOWED_HOSTS", "SECRET_KEY", "DEBUG")
 
@@ -37,6 +42,22 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
         server.start()
         early_config.add_cleanup(server.stop)
         os.environ["DATABASE_URL"] = server.url
+
+
+def pytest_report_header() -> str:
+    """Say which versions this run is a test of."""
+    requirements = map(Requirement, metadata.requires("django-selfheal") or [])
+    wanted = [each.name for each in requirements if not each.marker or each.marker.evaluate({"extra": "postgres"})]
+    libraries = [f"{name} {metadata.version(name)}" for name in wanted]
+    return ", ".join([f"Tested with: Python {platform.python_version()}", _database(), *libraries])
+
+
+def _database() -> str:
+    url = os.environ.get("DATABASE_URL", "")
+    if not url.startswith("postgres"):
+        return f"SQLite {sqlite3.sqlite_version}"
+    with psycopg.connect(url) as session:
+        return "PostgreSQL {}.{}".format(*divmod(session.info.server_version, 10_000))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -71,8 +71,8 @@ class Migration(migrations.Migration):
                 ("job", models.CharField(max_length=80, verbose_name="job")),
                 ("model", models.CharField(max_length=200, verbose_name="model")),
                 ("object_pk", models.TextField(verbose_name="row")),
-                ("lease_key", models.CharField(max_length=250, null=True, unique=True, verbose_name="lease")),
-                ("token", models.CharField(blank=True, db_index=True, max_length=32)),
+                ("lease_key", models.CharField(max_length=250, null=True, verbose_name="lease")),
+                ("token", models.CharField(blank=True, max_length=32)),
                 ("leased_at", models.DateTimeField(null=True, verbose_name="leased since")),
                 ("lease_expires_at", models.DateTimeField(null=True, verbose_name="leased until")),
                 ("holder", models.CharField(blank=True, max_length=250, verbose_name="held by")),
@@ -99,13 +99,15 @@ class Migration(migrations.Migration):
                 "verbose_name": "claim",
                 "verbose_name_plural": "claims",
                 "indexes": [
+                    models.Index(fields=["token"], name="selfheal_claim_by_token"),
                     models.Index(fields=["job", "next_attempt_at"], name="selfheal_claim_due"),
                     models.Index(fields=["model", "object_pk"], name="selfheal_claim_by_row"),
                 ],
                 "constraints": [
                     models.UniqueConstraint(
                         fields=("job", "model", "object_pk"), name="selfheal_one_claim_per_job_and_row"
-                    )
+                    ),
+                    models.UniqueConstraint(fields=("lease_key",), name="selfheal_one_lease_per_row"),
                 ],
             },
         ),

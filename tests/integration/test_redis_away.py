@@ -161,8 +161,9 @@ def test_a_tick_takes_what_is_due_and_the_next_one_with_redis_pushes_it(away, re
 
     redis_server.thaw()
     redis_server.start()
-    assert "schedule_tasks" in tick()
-    assert "schedule_tasks" in queued(BACKGROUND_LIST)
+    tick()
+    # Pushed by this tick, or by the one before: its command may have waited in the socket of a Redis that hung.
+    assert queued(BACKGROUND_LIST).count("schedule_tasks") == 1
 
 
 def test_the_redis_of_another_queue_does_not_matter(settings: Any, task, queued):

@@ -1,5 +1,6 @@
 """Any model and any queryset of it: each goes the whole way from row to row, or says what is wrong."""
 
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from datetime import date
 from typing import Any
 
 import pytest
-from django.db import connections
+from django.db import connection, connections
 from django.db.models import Count, Exists, F, Model, OuterRef, Q, QuerySet
 from redis import Redis
 
@@ -30,6 +31,7 @@ from tests.cast.models import (
     UrgentTask,
     Vehicle,
 )
+from tests.integration.conftest import DEFAULT_LIST
 
 pytestmark = pytest.mark.django_db
 
@@ -407,6 +409,65 @@ def test_rows_that_are_deleted_while_a_sweep_runs(sweeping, somebody_else, monke
     assert not Ticket.objects.filter(state="pending").exists()
     assert Ticket.objects.count() == len(kept)
     assert not Claim.objects.exists()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_million_rows_that_are_deleted_while_a_sweep_reads_them(sweeping, monkeypatch, redis: Redis):
+    many, kept, created = 1_000_000, set(range(10_000, 1_000_001, 10_000)), range(2_000_000, 2_000_005)
+    table = Vehicle._meta.db_table
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {many}) "
+            f"INSERT INTO {table} (id, state, wheels) SELECT n, 'pending', 4 FROM numbers"
+        )
+    swept = sweeping(pending(Vehicle), limit=2 * many)
+    push = enqueue.push_ids
+    reading = threading.Event()
+    batches = 0
+
+    def delete_and_create() -> None:
+        assert reading.wait(60)
+        try:
+            for part, pk in enumerate(created):
+                where = f"id % {len(created)} = {part} AND id % 10000 <> 0"
+                with connection.cursor() as cursor:
+                    cursor.execute(f"DELETE FROM {table} WHERE {where}")
+                Vehicle.objects.create(pk=pk)
+        finally:
+            connections.close_all()
+
+    def push_beside_it(*args: Any) -> None:
+        nonlocal batches
+        push(*args)
+        batches += 1
+        reading.set()
+        if batches == 900:
+            # However fast this was, a hundred thousand rows are still to be read when they are long gone.
+            deleting.result(120)
+
+    monkeypatch.setattr(enqueue, "push_ids", push_beside_it)
+    with ThreadPoolExecutor(1) as threads:
+        deleting = threads.submit(delete_and_create)
+        result = swept.sweep()
+    assert batches > 900
+    assert result.matched == result.enqueued == redis.llen(DEFAULT_LIST)
+    with redis.pipeline() as pipeline:
+        for pk in kept:
+            pipeline.execute_command("LPOS", DEFAULT_LIST, f"finish-{pk}", "COUNT", 0)
+        assert [len(places) for places in pipeline.execute()] == [1] * len(kept)
+
+    # A message about a row that is gone costs a quick exit; a thousand of them are enough to see it.
+    redis.ltrim(DEFAULT_LIST, -1000, -1)
+    outcomes = drain()
+    assert outcomes.total() == 1000
+    assert set(outcomes) == {"done", "not_needed"}
+    # The others were lost with what was cut off, or created after the sweep had read that far.
+    rows = kept | set(created)
+    assert swept.sweep() == (left := len(rows) - outcomes["done"], left, 0, 0)
+    assert drain() == {"done": left}
+    assert set(Vehicle.objects.values_list("pk", "state")) == {(pk, "done") for pk in rows}
+    assert not Claim.objects.exists()
+    assert set(Run.objects.values_list("outcome", flat=True)) == {"done"}
 
 
 @pytest.mark.parametrize("kind", ["several columns", "another row's", "inherited"])

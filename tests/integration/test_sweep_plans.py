@@ -1,4 +1,4 @@
-"""How PostgreSQL finds the rows of a sweep: by the partial index, however many rows need nothing."""
+"""How PostgreSQL finds the rows of a sweep, by the partial index, however many rows need nothing; and how claims."""
 
 import re
 from typing import Any
@@ -83,3 +83,21 @@ def test_a_backlog_is_queued_in_batches_with_and_without_cursors_of_the_server(q
     assert schedule_tasks.sweep() == (2500, 2500, 0, 0)
     assert schedule_tasks.sweep() == (2500, 0, 2500, 0)
     assert len(queued()) == 2500
+
+
+@pytest.mark.parametrize(
+    ("asked", "index"),
+    [({"token": "token 7"}, "selfheal_claim_by_token"), ({"lease_key": "lease 7"}, "selfheal_one_lease_per_row")],
+    ids=["by token", "by lease"],
+)
+def test_a_claim_is_found_by_an_index(asked, index):
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO selfheal_claim (job, model, object_pk, lease_key, token, holder, attempts, crashes, deaths, "
+            "last_error, first_claimed_at) SELECT 'do_task', 'cast.task', n, 'lease ' || n, 'token ' || n, "
+            "'', 0, 0, 0, '', now() FROM generate_series(1, %s) n",
+            [MANY],
+        )
+        cursor.execute("ANALYZE selfheal_claim")
+    explained = Claim.objects.filter(**asked).explain()
+    assert f"Index Scan using {index}" in explained, explained

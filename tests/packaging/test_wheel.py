@@ -29,6 +29,9 @@ CODE = dict(re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```", README, re.DOTALL 
 COMMANDS = [
     line.partition(" #")[0].split() for line in re.findall(r"^\$ python manage\.py (.+)$", README, re.MULTILINE)
 ]
+# A project that Django has just made keeps its rows in SQLite.
+pytestmark = pytest.mark.sqlite
+
 REDIS_OF_THE_README = "redis://localhost:6379/0"
 
 # What a reader of the example supplies without being told.
