@@ -8,7 +8,7 @@ ARGS ?=
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test postgres lint format clean .venv
+.PHONY: help demo run test postgres docs lint format clean .venv
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ test: .venv  ## run every test; they start their own servers (ARGS="-k name")
 
 postgres: .venv  ## run the integration and recovery tests on PostgreSQL, which they start
 	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal --postgres tests/integration tests/recovery $(ARGS)
+
+docs: .venv  ## make the pages in docs/ into HTML, and say where it is
+	.venv/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "Open file://$(CURDIR)/build/docs/index.html"
 
 lint: .venv  ## check format, style, types and migrations
 	.venv/bin/python -m ruff format --check .
@@ -49,5 +53,5 @@ $(INSTALLED): pyproject.toml
 		echo "Install one, or name one that you have: make $(or $(MAKECMDGOALS),.venv) PYTHON=python3.12" >&2; \
 		exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[local,postgres,dev]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[local,postgres,docs,dev]'
 	@touch $@

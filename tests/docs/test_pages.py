@@ -1,0 +1,111 @@
+"""What the pages in docs/ tell people to do works, all of it, and the reference is what the code says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import BASE_DIR
+from config.servers import PostgresServer, RedisServer
+from tests.docs.pages import DOCS, FIRST, PAGES, Project, Untested, blocks, parse
+
+PROOFS = Path(__file__).with_name("proofs")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_whatever_a_page_shows_works(page: Path, tmp_path: Path, redis_server: RedisServer):
+    wants_postgres = "django.contrib.postgres" in page.read_text()
+    postgres = PostgresServer(tmp_path / "postgres") if wants_postgres else None
+    proof = PROOFS / f"{page.stem.replace('-', '_')}.py"
+    try:
+        if postgres:
+            postgres.start()
+        project = Project(tmp_path / "project", redis_server.url, postgres and postgres.url)
+        if page != FIRST:
+            project.begin_where_the_first_page_ends()
+        with project.processes:
+            project.follow(page)
+            project.end_processes()
+        project.prove(proof if proof.exists() else None)
+    finally:
+        if postgres:
+            postgres.stop()
+
+
+def test_every_proof_is_of_a_page():
+    pages = {page.stem.replace("-", "_") for page in PAGES}
+    assert {proof.stem for proof in PROOFS.glob("*.py")} <= pages
+    assert len(PAGES) > 8
+
+
+@pytest.mark.parametrize(
+    "markdown",
+    [
+        "```\nls\n```",
+        "```sh\nls\n```",
+        "~~~javascript\n1 + 1\n~~~",
+        "    import this",
+        "<pre>import this</pre>",
+        "- A list:\n\n  ```python\n  1 + 1\n  ```",
+        "> ```python\n> 1 + 1\n> ```",
+        "```python\n1 + 1\n```",
+        "```python\n# shop/settings.toml\n```",
+        "```console\nls\n```",
+        "````{note}\n```python\n1 + 1\n```\n````",
+        "```{code-block} python\n1 + 1\n```",
+        "```{eval-rst}\n.. code-block:: python\n\n   1 + 1\n```",
+        "```{eval-rst}\nAs in::\n\n   1 + 1\n```",
+    ],
+)
+def test_a_block_that_nobody_knows_how_to_run_is_an_error(markdown):
+    with pytest.raises(Untested):
+        list(parse(markdown, "page.md"))
+
+
+def test_a_command_that_nobody_knows_how_to_run_is_an_error(tmp_path, redis_server):
+    project = Project(tmp_path / "project", redis_server.url, None)
+    with pytest.raises(Untested):
+        project.type("ls", "", "page.md:1")
+
+
+def test_there_are_no_other_pages():
+    """What is no Markdown would be shown, and read by nobody here."""
+    assert {path.suffix for path in DOCS.rglob("*") if path.is_file() and "__pycache__" not in path.parts} == {
+        ".md",
+        ".py",
+    }
+    assert {path.name for path in DOCS.rglob("*.py")} == {"conf.py"}
+
+
+def test_the_code_on_the_pages_is_well_formatted(tmp_path):
+    """In lines that need no scrolling on most screens. Each block is looked at alone, as it is read."""
+    for page in PAGES:
+        for number, block in enumerate(blocks(page)):
+            if block.language == "python":
+                (tmp_path / f"{page.stem}_{number}.py".replace("-", "_")).write_text(block.code)
+    apps = sorted({named[1] for named in re.finditer(r"^# (\w+)/", "\n".join(map(Path.read_text, PAGES)), re.MULTILINE)})
+    ruff = [sys.executable, "-m", "ruff"]
+    options = ["--isolated", "--target-version=py311", "--line-length=88", "."]
+    # A block that goes on uses names from above it.
+    rules = ["--select=B,E,F,I,PT,SIM,UP,W", "--ignore=F821", f"--config=lint.isort.known-first-party={apps}"]
+    for command in ([*ruff, "format", "--diff"], [*ruff, "check", *rules]):
+        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_checks_that_the_pages_name_exist():
+    sources = (BASE_DIR / "jobs").rglob("*.py")
+    known = set(re.findall(r'"(?:selfheal\.)?([EW]\d{3})"', "\n".join(path.read_text() for path in sources)))
+    named = {id for page in PAGES for id in re.findall(r"\b([EW]\d{3})\b", page.read_text())}
+    assert named
+    assert named <= known
+
+
+def test_they_become_html_without_a_warning(tmp_path):
+    """As `make docs` does it. Here rather than there, so that whoever runs the tests sees a broken reference."""
+    sphinx = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", DOCS, tmp_path]
+    done = subprocess.run(list(map(str, sphinx)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "index.html").exists()
