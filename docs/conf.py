@@ -5,7 +5,13 @@ from django.conf import settings
 
 # Enough for the docstrings to be read; the pages' own code is run by tests/docs.
 settings.configure(
-    INSTALLED_APPS=["django.contrib.auth", "django.contrib.contenttypes", "django_rq", "waffle", "jobs"],
+    INSTALLED_APPS=[
+        "django.contrib.auth",
+        "django.contrib.contenttypes",
+        "django_rq",
+        "waffle",
+        "jobs",
+    ],
     RQ_QUEUES={"default": {"URL": "redis://localhost:6379/0"}},
 )
 django.setup()

@@ -32,6 +32,8 @@ LANGUAGES = {"python": ".py", "toml": ".toml"}
 NOT_RUN = {"{toctree}", "{eval-rst}", "text"}
 HIDDEN_CODE = re.compile(r"```|~~~|code|literalinclude|::\s*$|>>>", re.MULTILINE)
 
+# What this run of the tests has in its environment for itself.
+OURS = ("PYTEST", "TEST_", "COV", "DJANGO_")
 STAYS = {"rqscheduler", "rqworker"}
 PATIENCE = 60
 
@@ -89,22 +91,18 @@ class Project:
     def __init__(self, folder: Path, redis_url: str, database_url: str | None) -> None:
         self.folder = folder
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TEST_", "COV"))},
-            "DJANGO_SETTINGS_MODULE": "shop.settings",
+            **{name: value for name, value in os.environ.items() if not name.startswith(OURS)},
             "PYTHONPATH": "",
             "REDIS_URL": redis_url,
             "DATABASE_URL": database_url or "",
         }
         # What the page that is followed has written.
         self.files: dict[Path, str] = {}
-        self.processes = Supervisor(folder.with_name("processes"), self.environment)
+        of_shop = {"DJANGO_SETTINGS_MODULE": "shop.settings"}
+        self.processes = Supervisor(folder.with_name("processes"), self.environment | of_shop)
         self.models_changed = False
         folder.mkdir()
         self.run(sys.executable, "-m", "django", "startproject", "shop", ".")
-        if database_url:
-            self.add_to_settings(
-                f"import dj_database_url\nDATABASES['default'] = dj_database_url.parse({database_url!r})\n"
-            )
 
     def add_to_settings(self, code: str) -> None:
         with (self.folder / "shop/settings.py").open("a") as settings:
@@ -115,6 +113,8 @@ class Project:
             if block.language == "python" and block.code.startswith("# shop/settings.py"):
                 self.write(block)
         self.files.clear()
+        if url := self.environment["DATABASE_URL"]:
+            self.add_to_settings(f"import dj_database_url\nDATABASES['default'] = dj_database_url.parse({url!r})\n")
 
     # --- Following a page ---------------------------------------------------------------------------------------------
 
@@ -202,15 +202,17 @@ class Project:
         assert len(re.findall(r"Scheduler stopped|Worker \w+ stopped|rqworker", said)) >= len(names), said
 
     def prove(self, proof: Path | None) -> None:
-        """Run the tests that are on the page, and ours of what it claims; together they reach every line of its code."""
+        """Run the tests on the page, and ours of what it claims; together they reach every line of its code."""
         self.migrate()
         self.run(*self.manage("check", "--fail-level", "WARNING"))
         if proof:
             (self.folder / "test_proof.py").write_text(proof.read_text())
         if not self.files:
             return
-        warnings = ["-W", "error::RuntimeWarning", "-p", "no:cacheprovider"]
-        self.run(sys.executable, "-m", "coverage", "run", "--source=.", "-m", "pytest", "-q", *warnings)
+        options = ["-q", "-W", "error::RuntimeWarning", "-p", "no:cacheprovider"]
+        if not (self.folder / "pyproject.toml").exists():
+            options.append("--ds=shop.settings")
+        self.run(sys.executable, "-m", "coverage", "run", "--source=.", "-m", "pytest", *options)
         files = ",".join(str(path) for path in self.files if path.suffix == ".py")
         self.run(sys.executable, "-m", "coverage", "report", "-m", "--fail-under=100", f"--include={files}")
 

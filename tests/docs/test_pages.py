@@ -16,6 +16,8 @@ PROOFS = Path(__file__).with_name("proofs")
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_whatever_a_page_shows_works(page: Path, tmp_path: Path, redis_server: RedisServer):
+    if not any(blocks(page)):
+        return
     wants_postgres = "django.contrib.postgres" in page.read_text()
     postgres = PostgresServer(tmp_path / "postgres") if wants_postgres else None
     proof = PROOFS / f"{page.stem.replace('-', '_')}.py"
@@ -72,27 +74,22 @@ def test_a_command_that_nobody_knows_how_to_run_is_an_error(tmp_path, redis_serv
 
 def test_there_are_no_other_pages():
     """What is no Markdown would be shown, and read by nobody here."""
-    assert {path.suffix for path in DOCS.rglob("*") if path.is_file() and "__pycache__" not in path.parts} == {
-        ".md",
-        ".py",
-    }
-    assert {path.name for path in DOCS.rglob("*.py")} == {"conf.py"}
+    others = {path.name for path in DOCS.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert others - {page.name for page in PAGES} == {"conf.py", "ruff.toml"}
 
 
-def test_the_code_on_the_pages_is_well_formatted(tmp_path):
-    """In lines that need no scrolling on most screens. Each block is looked at alone, as it is read."""
+def test_the_code_on_the_pages_is_in_order(tmp_path):
+    """Each block is looked at alone, as it is read. `make lint` looks at its format."""
     for page in PAGES:
         for number, block in enumerate(blocks(page)):
             if block.language == "python":
                 (tmp_path / f"{page.stem}_{number}.py".replace("-", "_")).write_text(block.code)
-    apps = sorted({named[1] for named in re.finditer(r"^# (\w+)/", "\n".join(map(Path.read_text, PAGES)), re.MULTILINE)})
-    ruff = [sys.executable, "-m", "ruff"]
-    options = ["--isolated", "--target-version=py311", "--line-length=88", "."]
+    apps = sorted(set(re.findall(r"^# (\w+)/", "\n".join(map(Path.read_text, PAGES)), re.MULTILINE)))
     # A block that goes on uses names from above it.
-    rules = ["--select=B,E,F,I,PT,SIM,UP,W", "--ignore=F821", f"--config=lint.isort.known-first-party={apps}"]
-    for command in ([*ruff, "format", "--diff"], [*ruff, "check", *rules]):
-        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    rules = ["--select=B,E,F,I,PT,SIM,UP,W", "--ignore=F821,SIM300", f"--config=lint.isort.known-first-party={apps}"]
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--target-version=py311", "--line-length=88"]
+    done = subprocess.run([*ruff, *rules, "."], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_checks_that_the_pages_name_exist():
