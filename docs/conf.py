@@ -23,7 +23,7 @@ exclude_patterns = ["conf.py"]
 myst_heading_anchors = 3
 
 nitpicky = True
-# Nothing is fetched from other projects while this is built, so their types are names without a link.
+# Nothing is fetched from other projects: their types are names without a link.
 nitpick_ignore_regex = [("py:.*", r"(?!jobs).*")]
 # A docstring's `name` is code, as everywhere in this project.
 default_role = "code"

@@ -88,8 +88,11 @@ def commands(block: Block) -> Iterator[tuple[str, str]]:
 class Project:
     """The project of a reader: made by Django itself, then changed by what the pages say."""
 
-    def __init__(self, folder: Path, redis_url: str, database_url: str | None) -> None:
+    def __init__(self, folder: Path, redis_url: str, database_url: str | None, before: Path | None = None) -> None:
         self.folder = folder
+        # The proof of what is there before the page replaces the first of its files.
+        self.before = before
+        self.replaces = False
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(OURS)},
             "PYTHONPATH": "",
@@ -134,10 +137,14 @@ class Project:
         assert path.exists() == (how is not None), f"{block.place}: is {named[1]} new, continued, or now another?"
         if not path.parent.exists():
             self._make_app(path.parent)
+        if how == "now" and path.suffix == ".py":
+            # As the reader did long ago, when it was what it was.
+            self.migrate()
+            if self.before and not self.replaces:
+                self.prove(self.before)
+            assert self.before or path.name == "models.py", f"{block.place}: nothing runs {named[1]} as it was before"
+            self.replaces = True
         if path.name == "models.py":
-            if how == "now":
-                # As the reader did long ago, when it was what it was.
-                self.migrate()
             self.models_changed = True
         # Where it stands on the page is its line in the file, for whoever reads a traceback.
         before = path.read_text() + "\n\n" if how and how != "now" else ""
