@@ -5,6 +5,7 @@ typed. Which blocks there may be is said here, and any other is an error, so tha
 """
 
 import doctest
+import itertools
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ from config.stack import Supervisor
 
 DOCS = BASE_DIR / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-# Every other page begins with the project that this one ends with.
+# A page that does not say how to install it begins with the project that this one ends with.
 FIRST = DOCS / "add-to-a-project.md"
 
 # `# shop/settings.py, at the end`: a new file, one that goes on, or one that is now another.
@@ -39,9 +40,10 @@ PATIENCE = 60
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: where it stands, in which language, and what is in it."""
+    """A fenced block of a page: where it stands, under which heading, in which language, and what is in it."""
 
     place: str
+    section: str
     language: str
     code: str
 
@@ -56,7 +58,11 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def parse(markdown: str, name: str) -> Iterator[Block]:
-    for token in MarkdownIt("commonmark").enable("table").parse(markdown):
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    section = ""
+    for token, following in itertools.pairwise([*tokens, *tokens[-1:]]):
+        if token.type == "heading_open":
+            section = following.content
         place = f"{name}:{token.map[0] + 1}" if token.map else name
         if token.type in ("code_block", "html_block"):
             raise Untested(f"{place}: a block without a language, or of HTML")
@@ -69,11 +75,11 @@ def parse(markdown: str, name: str) -> Iterator[Block]:
         elif language == "console":
             if not token.content.startswith("$ "):
                 raise Untested(f"{place}: a console begins with a command, as in `$ python manage.py check`")
-            yield Block(place, language, token.content)
+            yield Block(place, section, language, token.content)
         elif language in LANGUAGES and (named := NAMED.match(token.content)):
             if not named[1].endswith(LANGUAGES[language]):
                 raise Untested(f"{place}: {named[1]} is no file of {language}")
-            yield Block(place, language, token.content)
+            yield Block(place, section, language, token.content)
         else:
             raise Untested(f"{place}: a block of {language or 'no language'} that does not begin with a file's name")
 
@@ -90,9 +96,8 @@ class Project:
 
     def __init__(self, folder: Path, redis_url: str, database_url: str | None, before: Path | None = None) -> None:
         self.folder = folder
-        # The proof of what is there before the page replaces the first of its files.
+        # The proof of what a page shows in a section "Before", which it replaces later on.
         self.before = before
-        self.replaces = False
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(OURS)},
             "PYTHONPATH": "",
@@ -123,7 +128,11 @@ class Project:
 
     def follow(self, page: Path) -> None:
         """Do what the page says, from its top."""
+        section = ""
         for block in blocks(page):
+            if section == "Before" != block.section:
+                self.prove(self.before)
+            section = block.section
             if block.language == "console":
                 for command, output in commands(block):
                     self.type(command, output, block.place)
@@ -136,14 +145,11 @@ class Project:
         path, how = self.folder / named[1], named[2]
         assert path.exists() == (how is not None), f"{block.place}: is {named[1]} new, continued, or now another?"
         if not path.parent.exists():
-            self._make_app(path.parent)
+            self._make_package(path.parent)
         if how == "now" and path.suffix == ".py":
             # As the reader did long ago, when it was what it was.
             self.migrate()
-            if self.before and not self.replaces:
-                self.prove(self.before)
             assert self.before or path.name == "models.py", f"{block.place}: nothing runs {named[1]} as it was before"
-            self.replaces = True
         if path.name == "models.py":
             self.models_changed = True
         # Where it stands on the page is its line in the file, for whoever reads a traceback.
@@ -151,12 +157,13 @@ class Project:
         path.write_text(before + block.code)
         self.files[path] = block.place
 
-    def _make_app(self, folder: Path) -> None:
+    def _make_package(self, folder: Path) -> None:
+        if not folder.parent.exists():
+            self._make_package(folder.parent)
         folder.mkdir()
         (folder / "__init__.py").touch()
-        if folder.name == "migrations":
-            return
-        self.add_to_settings(f'\nINSTALLED_APPS += ["{folder.name}"]\n')
+        if folder.parent == self.folder:
+            self.add_to_settings(f'\nINSTALLED_APPS += ["{folder.name}"]\n')
 
     def migrate(self) -> None:
         """Bring the database to where the models are, by the migrations that the page shows if it shows any."""
@@ -182,7 +189,7 @@ class Project:
         elif words[:2] == ["python", "manage.py"]:
             self.migrate()
             if words[2] in STAYS and "--burst" not in words:
-                self.processes.start(f"{len(self.processes.names)}-{words[2]}", self.manage(*words[2:]))
+                self.start(words[2:])
                 return
             deadline = time.monotonic() + (PATIENCE if self.processes.names else 0)
             while not matches(output, said := self.run(*self.manage(*words[2:]))) and time.monotonic() < deadline:
@@ -190,6 +197,16 @@ class Project:
             self.see(output, said, place)
         else:
             raise Untested(f"{place}: {command}")
+
+    def start(self, arguments: list[str]) -> None:
+        """Start a command that stays, and wait until it is there: one that is ended before has nothing to say."""
+        name = f"{len(self.processes.names)}-{arguments[0]}"
+        self.processes.start(name, self.manage(*arguments))
+        deadline = time.monotonic() + PATIENCE
+        while "started with PID" not in (self.processes.logs / f"{name}.log").read_text():
+            assert self.processes.poll() == [], self.log()
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.05)
 
     def see(self, wanted: str, said: str, place: str) -> None:
         assert matches(wanted, said), f"{place} shows:\n{wanted}\nbut it said:\n{said}\n{self.log()}"
@@ -206,7 +223,7 @@ class Project:
         self.processes.stop(grace=30)
         said = self.log()
         assert "Traceback" not in said, said
-        assert len(re.findall(r"Scheduler stopped|Worker \w+ stopped|rqworker", said)) >= len(names), said
+        assert len(re.findall(r"Scheduler stopped|Worker \w+ stopped", said)) == len(names), said
 
     def prove(self, proof: Path | None) -> None:
         """Run the tests on the page, and ours of what it claims; together they reach every line of its code."""
