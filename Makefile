@@ -8,10 +8,10 @@ ARGS ?=
 VENV ?= .venv
 
 INSTALLED := .venv/.installed
-EXTRAS := local,postgres,dev
+EXTRAS := local,postgres,docs,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test matrix bench lint format clean .venv
+.PHONY: help demo run test matrix bench docs lint format clean .venv
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ matrix:  ## run them with the oldest versions of everything that are supported, 
 
 bench: .venv  ## measure speed and memory against their bars, and write benchmarks/RESULTS.md (10 minutes)
 	.venv/bin/python -m benchmarks $(ARGS)
+
+docs: .venv  ## make the pages in docs/ into HTML, and say where it is
+	.venv/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "Open file://$(CURDIR)/build/docs/index.html"
 
 lint: .venv  ## check format, style, types and migrations
 	.venv/bin/python -m ruff format --check .

@@ -14,7 +14,7 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, register
 from django.core.checks import Warning as Warn
 from django.db import connections, router
-from django.db.models import Field, Q, QuerySet
+from django.db.models import Q, QuerySet
 from django.utils.module_loading import import_string
 from redis.exceptions import RedisError
 
@@ -104,9 +104,7 @@ def check_sweeps(**kwargs: Any) -> list[CheckMessage]:
     return [
         Warn(
             f"{sweep.origin}: no index of {rows.model._meta.label} helps to find its rows, by {', '.join(fields)}.",
-            hint="Add one to Meta.indexes, such as "
-            f'models.Index(fields=["id"], condition=models.Q({fields[0]}=...), name="..."): '
-            "a partial index holds nothing but the rows that need work.",
+            hint=f"Add one to Meta.indexes, such as {_index_on(fields)}",
             obj=sweep,
             id="selfheal.W011",
         )
@@ -182,15 +180,29 @@ def _sweeps() -> Iterator[tuple[Sweep, QuerySet[Any]]]:
             yield each, rows
 
 
-def _unindexed(rows: QuerySet[Any]) -> list[str]:
-    """Return the names of the fields that the rows are found by, if no index can help to; otherwise nothing."""
-    fields: list[Field] = []
+def _unindexed(rows: QuerySet[Any]) -> dict[str, str]:
+    """Return the names of the fields that the rows are found by, and how, if no index can help; otherwise nothing."""
+    fields: dict[str, str] = {}
     for condition in _leaves(rows.query.where):
         field = getattr(getattr(condition, "lhs", None), "target", None)
         if field is None or _is_indexed(field):
-            return []
-        fields.append(field)
-    return list(dict.fromkeys(field.name for field in fields))
+            return {}
+        fields.setdefault(field.name, getattr(condition, "lookup_name", "exact"))
+    return fields
+
+
+def _index_on(fields: dict[str, str]) -> str:
+    """Return an index by which rows can be found that are found by these fields."""
+    # What is due by now is a range that moves with the time, and the condition of an index does not.
+    ranges = [name for name, lookup in fields.items() if lookup in ("lt", "lte", "gt", "gte", "range")]
+    fixed = [name for name in fields if name not in ranges]
+    of = f'fields=["{[*ranges, "id"][0]}"]'
+    if not fixed:
+        return f'models.Index({of}, name="...").'
+    return (
+        f'models.Index({of}, condition=models.Q({fixed[0]}=...), name="..."): '
+        "a partial index holds nothing but the rows that need work."
+    )
 
 
 def _leaves(node: Any) -> Iterator[Any]:

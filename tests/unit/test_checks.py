@@ -357,16 +357,32 @@ def test_a_folder_of_its_name_that_is_no_package_is_in_nobodys_way(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("rows", "fields"),
+    ("rows", "fields", "index"),
     [
-        (lambda: Task.objects.filter(behaviour="x"), "behaviour"),
-        (lambda: Task.objects.filter(behaviour__in=["x", "y"], seconds__lt=F("writes")), "behaviour, seconds"),
-        (lambda: Task.objects.filter(Q(behaviour="x") | ~Q(name="y")), "behaviour, name"),
+        (lambda: Task.objects.filter(behaviour="x"), "behaviour", 'fields=["id"], condition=models.Q(behaviour=...)'),
+        (
+            lambda: Task.objects.filter(behaviour__in=["x", "y"], seconds__lt=F("writes")),
+            "behaviour, seconds",
+            'fields=["seconds"], condition=models.Q(behaviour=...)',
+        ),
+        (
+            lambda: Task.objects.filter(Q(behaviour="x") | ~Q(name="y")),
+            "behaviour, name",
+            'fields=["id"], condition=models.Q(behaviour=...)',
+        ),
+        # A condition cannot move with the time.
+        (lambda: Task.objects.filter(seconds__lte=7), "seconds", 'fields=["seconds"], name="..."'),
+        (
+            lambda: Task.objects.filter(seconds__range=(1, 2), behaviour="x"),
+            "behaviour, seconds",
+            'fields=["seconds"], condition=models.Q(behaviour=...)',
+        ),
     ],
 )
-def test_w011_a_sweep_that_no_index_helps(rows, fields):
+def test_w011_a_sweep_that_no_index_helps(rows, fields, index):
     sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs")(rows)
-    expect("W011", f"no index of cast.Task helps to find its rows, by {fields}. Add one to Meta.indexes, such as")
+    sentence = f"no index of cast.Task helps to find its rows, by {fields}. Add one to Meta.indexes, such as"
+    expect("W011", f"{sentence} models.Index({index}")
 
 
 @pytest.mark.parametrize(
