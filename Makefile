@@ -27,7 +27,7 @@ postgres: .venv  ## run the integration and recovery tests on PostgreSQL, which 
 	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal --postgres tests/integration tests/recovery $(ARGS)
 
 docs: .venv  ## make the pages in docs/ into HTML, and say where it is
-	.venv/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	.venv/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "Open file://$(CURDIR)/build/docs/index.html"
 
 lint: .venv  ## check format, style, types and migrations
