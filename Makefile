@@ -39,7 +39,7 @@ bench: .venv  ## measure speed and memory against their bars, and write benchmar
 	.venv/bin/python -m benchmarks $(ARGS)
 
 docs: .venv  ## make the pages in docs/ into HTML, and say where it is
-	.venv/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	.venv/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "Open file://$(CURDIR)/build/docs/index.html"
 
 lint: .venv  ## check format, style, types and migrations

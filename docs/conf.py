@@ -17,7 +17,6 @@ settings.configure(
 django.setup()
 
 project = "django-selfheal"
-author = "The django-selfheal authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["conf.py"]
 myst_heading_anchors = 3
@@ -27,11 +26,12 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!jobs).*")]
 # A docstring's `name` is code, as everywhere in this project.
 default_role = "code"
-autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 
 html_theme = "furo"
 html_title = "django-selfheal"
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
+pygments_dark_style = "monokai"

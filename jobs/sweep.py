@@ -42,12 +42,12 @@ class Sweep(Declared):
         job: Job,
         *,
         cron: str,
-        queue: str = "background",
-        name: str | None = None,
-        timeout: timedelta | None = None,
-        batch_size: int = 1000,
-        limit: int = 100_000,
-        jitter: timedelta | None = None,
+        queue: str,
+        name: str | None,
+        timeout: timedelta | None,
+        batch_size: int,
+        limit: int,
+        jitter: timedelta | None,
     ) -> None:
         super().__init__(function, name, queue, timeout, cron)
         self.job = job
@@ -203,7 +203,17 @@ def _each_once(rows: QuerySet[Any], most: int, chunk_size: int) -> Iterator[Any]
             yield pk
 
 
-def sweep(job: Job, *, cron: str, **options: Any) -> Callable[[Callable[[], QuerySet[Any]]], Sweep]:
+def sweep(
+    job: Job,
+    *,
+    cron: str,
+    queue: str = "background",
+    name: str | None = None,
+    timeout: timedelta | None = None,
+    batch_size: int = 1000,
+    limit: int = 100_000,
+    jitter: timedelta | None = None,
+) -> Callable[[Callable[[], QuerySet[Any]]], Sweep]:
     """Declare a function that returns the queryset of the rows that need the job.
 
     The queryset must match every state in which the work is not finished: it decides what is queued, and it is asked
@@ -217,7 +227,17 @@ def sweep(job: Job, *, cron: str, **options: Any) -> Callable[[Callable[[], Quer
         raise TypeError(f"@sweep takes the job that it feeds, declared with @job, not {job!r}.")
 
     def declare(function: Callable[[], QuerySet[Any]]) -> Sweep:
-        declared = Sweep(function, job, cron=cron, **options)
+        declared = Sweep(
+            function,
+            job,
+            cron=cron,
+            queue=queue,
+            name=name,
+            timeout=timeout,
+            batch_size=batch_size,
+            limit=limit,
+            jitter=jitter,
+        )
         if job.sweep is None:
             job.sweep = declared
         registry.add(declared)

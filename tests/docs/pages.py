@@ -13,9 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
+from coverage import Coverage
+from django.core.management import call_command
 from markdown_it import MarkdownIt
 
 from config import BASE_DIR
@@ -35,6 +38,13 @@ HIDDEN_CODE = re.compile(r"```|~~~|code|literalinclude|::\s*$|>>>", re.MULTILINE
 
 # What this run of the tests has in its environment for itself.
 OURS = ("PYTEST", "TEST_", "COV", "DJANGO_")
+CHECKS = """
+from django.core.management import call_command
+
+
+def test_there_is_nothing_to_warn_of(db):
+    call_command("check", fail_level="WARNING")
+"""
 STAYS = {"rqscheduler", "rqworker"}
 PATIENCE = 60
 
@@ -108,9 +118,9 @@ class Project:
         self.files: dict[Path, str] = {}
         of_shop = {"DJANGO_SETTINGS_MODULE": "shop.settings"}
         self.processes = Supervisor(folder.with_name("processes"), self.environment | of_shop)
-        self.models_changed = False
+        self.models_changed = self.database_is_behind = False
         folder.mkdir()
-        self.run(sys.executable, "-m", "django", "startproject", "shop", ".")
+        call_command("startproject", "shop", str(folder))
 
     def add_to_settings(self, code: str) -> None:
         with (self.folder / "shop/settings.py").open("a") as settings:
@@ -148,7 +158,7 @@ class Project:
             self._make_package(path.parent)
         if how == "now" and path.suffix == ".py":
             # As the reader did long ago, when it was what it was.
-            self.migrate()
+            self.make_migrations()
             assert self.before or path.name == "models.py", f"{block.place}: nothing runs {named[1]} as it was before"
         if path.name == "models.py":
             self.models_changed = True
@@ -165,15 +175,23 @@ class Project:
         if folder.parent == self.folder:
             self.add_to_settings(f'\nINSTALLED_APPS += ["{folder.name}"]\n')
 
-    def migrate(self) -> None:
-        """Bring the database to where the models are, by the migrations that the page shows if it shows any."""
+    def make_migrations(self) -> None:
+        """Make what the page does not show. What it does show has to be all that there is to do in that app."""
         if not self.models_changed:
             return
-        self.models_changed = False
-        shown = any(path.parent.name == "migrations" for path in self.files)
+        self.models_changed, self.database_is_behind = False, True
+        shown = {path.parent.parent.name for path in self.files if path.parent.name == "migrations"}
         apps = {path.parent.name for path in self.files if path.name == "models.py"}
-        self.run(*self.manage("makemigrations", *(["--check", "--dry-run"] if shown else sorted(apps))))
-        self.run(*self.manage("migrate", "--verbosity", "0"))
+        if made := sorted(apps - shown):
+            self.run(*self.manage("makemigrations", *made))
+        if shown:
+            self.run(*self.manage("makemigrations", "--check", "--dry-run"))
+
+    def migrate(self) -> None:
+        self.make_migrations()
+        if self.database_is_behind:
+            self.database_is_behind = False
+            self.run(*self.manage("migrate", "--verbosity", "0"))
 
     def type(self, command: str, output: str, place: str) -> None:
         """Type a command, and see what the page says that one sees.
@@ -227,18 +245,19 @@ class Project:
 
     def prove(self, proof: Path | None) -> None:
         """Run the tests on the page, and ours of what it claims; together they reach every line of its code."""
-        self.migrate()
-        self.run(*self.manage("check", "--fail-level", "WARNING"))
+        self.make_migrations()
+        (self.folder / "test_checks.py").write_text(CHECKS)
         if proof:
             (self.folder / "test_proof.py").write_text(proof.read_text())
-        if not self.files:
-            return
         options = ["-q", "-W", "error::RuntimeWarning", "-p", "no:cacheprovider"]
         if not (self.folder / "pyproject.toml").exists():
             options.append("--ds=shop.settings")
         self.run(sys.executable, "-m", "coverage", "run", "--source=.", "-m", "pytest", *options)
-        files = ",".join(str(path) for path in self.files if path.suffix == ".py")
-        self.run(sys.executable, "-m", "coverage", "report", "-m", "--fail-under=100", f"--include={files}")
+        reached = Coverage(str(self.folder / ".coverage"))
+        reached.load()
+        report = StringIO()
+        files = [str(path) for path in self.files if path.suffix == ".py"]
+        assert reached.report(include=files, show_missing=True, file=report) == 100, report.getvalue()
 
     def manage(self, *arguments: str) -> list[str]:
         return [sys.executable, str(self.folder / "manage.py"), *arguments]
