@@ -1,18 +1,20 @@
 """What the page says of its example and its settings."""
 
 import pytest
-from django.conf import settings
 from django.db import transaction
 from exports.jobs import schedule_exports, write_export
 from exports.models import Export
 from exports.views import ask_for_export
 
-from jobs.conf import DEFAULTS
+from jobs.conf import DEFAULTS, conf
 from jobs.testing import drain, perform
 
 
-def test_the_settings_that_are_shown_are_the_defaults():
-    assert settings.JOBS == DEFAULTS
+def test_the_settings_that_are_shown_are_the_defaults(settings):
+    shown, redact = dict(settings.JOBS), conf.REDACT
+    del shown["REDACT"], settings.JOBS
+    assert shown == DEFAULTS
+    assert conf.REDACT is redact
 
 
 @pytest.mark.django_db(transaction=True)
