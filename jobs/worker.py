@@ -160,9 +160,7 @@ class Worker(RQWorker):
         attempt = perform.attempt_at(message, self.name) if message.pk is not None else None
         # A connection that two processes share breaks in both.
         connections.close_all()
-        self._horse_pid = os.fork()
-        if self._horse_pid == 0:
-            self._be_child(message, attempt)
+        self._horse_pid = self._start_child(message, attempt)
         with contextlib.suppress(OSError):
             # Both sides say so, since either may come first: to kill the child's group must never mean this one.
             os.setpgid(self._horse_pid, self._horse_pid)
@@ -173,6 +171,13 @@ class Worker(RQWorker):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
             self._note_death(message, attempt, pid, status, was_killed)
+
+    def _start_child(self, message: Message, attempt: claims.Attempt | None) -> int:
+        """Fork a child that performs the message, and return its pid."""
+        pid = os.fork()
+        if pid == 0:
+            self._be_child(message, attempt)
+        return pid
 
     def _be_child(self, message: Message, attempt: claims.Attempt | None) -> None:
         """Perform the message and end the process. Does not return."""
