@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from redis import Redis
 
 from jobs import registry
 from jobs.testing import tick
-from tests.recovery.explorer import cast
-from tests.recovery.explorer.chooser import Chooser, Decision
+from tests.recovery.explorer import cast, shrink
+from tests.recovery.explorer.chooser import Chooser, Decision, Script
 from tests.recovery.explorer.invariants import Invariants
 from tests.recovery.explorer.processes import QUEUES, Roster
 from tests.recovery.explorer.seams import Seams
@@ -33,7 +34,8 @@ class Schedule:
     seed: int
     violation: str | None
     decisions: list[Decision]
-    cuts: int
+    # After how many cuts it had to be calm.
+    limit: int
     log: list[tuple[float, str, str]]
     struck: Counter[str] = field(default_factory=Counter)
     cut_at: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -66,11 +68,47 @@ class Explorer:
             seed, violation, chooser.made, chooser.cuts, world.log, world.struck, world.cut_at, calm_for
         )
 
+    def shortest(self, failed: Schedule) -> Schedule:
+        """Return the same failure with as few decisions as can be: what is left out does not matter to it."""
+        kind = _kind(failed.violation)
+        best = failed
+
+        def still_fails(decisions: list[Decision]) -> bool:
+            nonlocal best
+            tried = self.run(failed.seed, Script(decisions, failed.limit))
+            if tried.violation is None or _kind(tried.violation) != kind:
+                return False
+            best = tried
+            return True
+
+        shrink.shortest(failed.decisions, still_fails)
+        return best
+
+    def story(self, failed: Schedule, most_lines: int = 60) -> str:
+        """Tell how a schedule failed: its shortest trace, what was done last, and how to see it again."""
+        found = self.shortest(failed)
+        lines = [f"{at:9.3f}  {who:28} {what}" for at, who, what in found.log[-most_lines:]]
+        return "\n".join(
+            [
+                f"{found.violation}",
+                f"\nThe shortest trace has {len(found.decisions)} of {len(failed.decisions)} decisions:",
+                *(f"  {decision}" for decision in found.decisions),
+                f"\nThe last of its {len(found.log)} cuts:",
+                *lines,
+                f"\nSee it again: make chaos SEED={failed.seed} RUNS=1",
+            ]
+        )
+
     def _begin(self) -> None:
         """Tick once, after which every schedule is known, and none is due."""
         registry._declared.clear()
         registry._declared.update(self.versions["today"])
         tick(EPOCH)
+
+
+def _kind(violation: str | None) -> str:
+    """What is the same in two tellings of one violation: not who met it, where, and when."""
+    return " ".join(re.findall(r"\b[a-z]{3,}\b", (violation or "").partition("[")[0].rpartition(": ")[2] or ""))
 
 
 @contextmanager

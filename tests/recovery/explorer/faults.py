@@ -278,7 +278,7 @@ def ping(world: World, actor: Actor, number: int) -> None:
     processes.request(world, "ping", lambda: processes.ping(number))
 
 
-@fault(1, one_of("make", "remove", "find_pending", "find_deleting", "report"), seconds(10, 200))
+@fault(1, one_of("make", "remove", "find_pending", "find_deleting", "report_58"), seconds(10, 200))
 def flip(world: World, actor: Actor, name: str, for_seconds: float) -> None:
     world.count("switch flipped")
     processes.request(world, "flip", lambda: processes.flip(name, True))

@@ -208,10 +208,9 @@ class Roster:
                     get_waffle_switch_model().objects.update(active=False)
                     Schedule.objects.update(limit=None, cron="")
                     Claim.objects.all().release()
-                    return
-                here().sleep(1)
+                here().sleep(30)
 
-        world.start("request", body, "operator")
+        world.start("operator", body)
 
 
 # --- People -----------------------------------------------------------------------------------------------------------

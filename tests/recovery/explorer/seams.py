@@ -73,16 +73,20 @@ class Seams:
         self.redis = FromOutside.from_url(redis_url)
         self.is_postgres = connection.vendor == "postgresql"
         self._mutex = threading.Lock()
+        self._sessions: list[Any] = []
         self._arrived: dict[Actor, threading.Lock] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Put the seams in."""
+        DatabaseWrapper = type(connections["default"])
         replaced = [
             (Redis, "execute_command", _through_redis(Redis.execute_command, _name_of_command)),
             (Pipeline, "execute", _through_redis(Pipeline.execute, _name_of_pipeline)),
             *((module, "time", VirtualTime) for module in (claims, enqueue, perform, scheduler, worker)),
             *((module, "uuid4", _uuid4) for module in (claims, message)),
+            (DatabaseWrapper, "get_new_connection", self._open_session(DatabaseWrapper.get_new_connection)),
+            (DatabaseWrapper, "_close", self._close_session),
         ]
         with ExitStack() as stack:
             for holder, name, replacement in replaced:
@@ -110,9 +114,25 @@ class Seams:
 
     def close_database(self, actor: Actor) -> None:
         if actor.connection is not None and actor.connection.connection is not None:
-            with suppress(Exception):
-                actor.connection.connection.close()
+            self._close_session(actor.connection)
             self.wait_for_stuck(actor.world)
+
+    def _open_session(self, original: Any) -> Any:
+        """To connect takes long, so a session that one actor has closed is used by another."""
+
+        def get_new_connection(wrapper: Any, parameters: Any) -> Any:
+            return self._sessions.pop() if self._sessions else original(wrapper, parameters)
+
+        return get_new_connection
+
+    @property
+    def _close_session(self) -> Any:
+        def close(wrapper: Any) -> None:
+            with suppress(Exception):
+                wrapper.connection.rollback()
+                self._sessions.append(wrapper.connection)
+
+        return close
 
     def _call(self, actor: Actor, what: str, call: Callable[[], Any]) -> Any:
         world, mine = actor.world, actor.connection
@@ -271,6 +291,8 @@ class Seams:
         self.redis.close()
         if hasattr(self, "_outside"):
             self._outside.close()
+        for session in self._sessions:
+            session.close()
 
 
 def _through_redis(original: Any, name: Callable[..., str]) -> Any:
