@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from tests.recovery.explorer.world import Actor, World
 
 
+# Most cuts are those of schedulers that find nothing to do. Faults strike this much more often where rows are worked on.
+CHILDREN = 4
+
+
 @dataclass(frozen=True)
 class Decision:
     """What happens at one cut of one actor. It means the same in every trace that has such a cut."""
@@ -54,7 +58,7 @@ class Chooser:
             name = "create"
         elif self.chance.random() < self.turns:
             name = "turn"
-        elif self.chance.random() < self.rate:
+        elif self.chance.random() < self.rate * (CHILDREN if actor.process.kind == "child" else 1):
             possible = [name for name, fault in FAULTS.items() if fault.at in (None, kind)]
             weights = [self.weights[name] for name in possible]
             if not any(weights):

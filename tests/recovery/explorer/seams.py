@@ -33,7 +33,10 @@ SCRIPTS = {
     hashlib.sha1(getattr(enqueue, name).encode()).hexdigest(): name
     for name in ("PUSH", "CALL", "START", "END", "MOVE_DUE")
 }
-STATEMENT = re.compile(r'\s*(\w+)(?: IMMEDIATE)?(?:.*?(?:FROM|INTO|UPDATE)\s+"(\w+)"|\s+"(\w+)")?', re.S)
+STATEMENT = re.compile(
+    r'(SELECT|DELETE).*?FROM "(\w+)"|(INSERT) INTO "(\w+)"|(UPDATE) "(\w+)"|(\w+)',
+    re.S,
+)
 PUSHES = ("PUSH", "CALL", "MOVE_DUE", "RPUSH", "SADD+RPUSH", "ZADD")
 EXECUTE = Pipeline.execute
 WRITES = ("INSERT", "UPDATE", "DELETE")
@@ -335,10 +338,9 @@ def _name_of_pipeline(pipeline: Any, *args: Any) -> str:
 
 
 def _name_of_statement(sql: str) -> str:
-    found = STATEMENT.match(sql)
-    assert found is not None
-    verb, table, other = found.groups()
-    return " ".join(filter(None, (verb.upper(), table or other)))
+    """Its verb and its table."""
+    found = STATEMENT.match(sql.lstrip(" ("))
+    return " ".join(filter(None, found.groups())) if found else "a statement"
 
 
 def _uuid4() -> uuid.UUID:
