@@ -8,7 +8,7 @@ ARGS ?=
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test postgres lint format clean .venv
+.PHONY: help demo run test chaos postgres lint format clean .venv
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: .venv  ## run every test; they start their own servers (ARGS="-k name")
 
 postgres: .venv  ## run the integration and recovery tests on PostgreSQL, which they start
 	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal --postgres tests/integration tests/recovery $(ARGS)
+
+chaos: .venv  ## explore seeded schedules of faults (SEED=... RUNS=1000 ARGS="--postgres --log --plant no_fence")
+	.venv/bin/python -m tests.recovery.explorer $(if $(SEED),--seed $(SEED)) $(if $(RUNS),--runs $(RUNS)) $(ARGS)
 
 lint: .venv  ## check format, style, types and migrations
 	.venv/bin/python -m ruff format --check .

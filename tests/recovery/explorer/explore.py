@@ -64,9 +64,7 @@ class Explorer:
             except Violation as found:
                 violation = str(found)
         calm_for = world.monotonic - world.calm_at
-        return Schedule(
-            seed, violation, chooser.made, chooser.cuts, world.log, world.struck, world.cut_at, calm_for
-        )
+        return Schedule(seed, violation, chooser.made, chooser.cuts, world.log, world.struck, world.cut_at, calm_for)
 
     def shortest(self, failed: Schedule) -> Schedule:
         """Return the same failure with as few decisions as can be: what is left out does not matter to it."""

@@ -285,7 +285,9 @@ def flip(world: World, actor: Actor, name: str, for_seconds: float) -> None:
     world.after(for_seconds, lambda: processes.request(world, "flip", lambda: processes.flip(name, False)))
 
 
-@fault(1, one_of("find_pending", "find_deleting"), one_of("*/3 * * * *", "* * * * * */20", "0 0 1 1 *"), seconds(5, 200))
+@fault(
+    1, one_of("find_pending", "find_deleting"), one_of("*/3 * * * *", "* * * * * */20", "0 0 1 1 *"), seconds(5, 200)
+)
 def edit_schedule(world: World, actor: Actor, name: str, cron: str, for_seconds: float) -> None:
     world.count("schedule edited")
     processes.request(world, "edit", lambda: processes.edit(name, cron=cron))

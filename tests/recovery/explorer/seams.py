@@ -34,7 +34,7 @@ SCRIPTS = {
     for name in ("PUSH", "CALL", "START", "END", "MOVE_DUE")
 }
 STATEMENT = re.compile(
-    r'(SELECT|DELETE).*?FROM "(\w+)"|(INSERT) INTO "(\w+)"|(UPDATE) "(\w+)"|(\w+)',
+    r'(SELECT|DELETE).*?FROM "(\w+)"|(INSERT)[^"]*INTO "(\w+)"|(UPDATE) "(\w+)"|(\w+)',
     re.S,
 )
 PUSHES = ("PUSH", "CALL", "MOVE_DUE", "RPUSH", "SADD+RPUSH", "ZADD")
@@ -348,5 +348,3 @@ def _uuid4() -> uuid.UUID:
     actor = current()
     chance = actor.world.chance if actor else random
     return uuid.UUID(int=chance.getrandbits(128), version=4)
-
-

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from django.db import connection
 
 from config.servers import RedisServer
 from tests.recovery.explorer.chooser import Script
@@ -15,8 +16,8 @@ from tests.recovery.explorer.shrink import shortest
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-# Together 1,000, shared by the processes that run the tests.
-SHARES, SCHEDULES = 20, 50
+# Together 1,000, shared by the processes that run the tests; a fifth of that on PostgreSQL, which takes longer.
+SHARES, SCHEDULES = 20, 50 if connection.vendor == "sqlite" else 10
 # From where seeds are drawn; pytest-randomly has seeded the ordinary chance alike in each process.
 FRESH = random.SystemRandom()
 
@@ -51,18 +52,26 @@ def test_a_trace_replays_exactly(exploring):
     assert one.log == other.log
 
 
+@pytest.mark.sqlite
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_found_and_its_trace_is_short(exploring, bug):
+def test_a_planted_bug_is_found(exploring, bug):
     with BUGS[bug]():
-        for seed in range(1000):
-            schedule = exploring.run(seed)
-            if schedule.violation:
-                break
-        assert schedule.violation, f"{bug} was not found"
-        found = exploring.shortest(schedule)
-        assert found.violation
-        assert len(found.decisions) <= 12
-    assert not exploring.run(seed).violation
+        found = next((seed for seed in range(1000) if exploring.run(seed).violation), None)
+    assert found is not None, f"{bug} was not found"
+    # It was the bug that was found, and nothing else.
+    assert not exploring.run(found).violation
+
+
+@pytest.mark.sqlite
+def test_the_story_of_a_failure_tells_the_least_that_leads_to_it(exploring):
+    """A row that backs off is all that this one needs; the seed has struck in dozens of ways besides."""
+    with BUGS["claims_ignore_next_attempt_at"]():
+        failed = next(one for one in map(exploring.run, range(1000)) if one.violation and len(one.decisions) > 10)
+        story = exploring.story(failed)
+    assert "was taken while it was backing off" in story
+    assert f"The shortest trace has 1 of {len(failed.decisions)} decisions" in story
+    assert f"make chaos SEED={failed.seed} RUNS=1" in story
 
 
 def test_the_shortest_list_that_still_fails():
