@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tests.recovery.explorer.world import Actor, World
 
 
-# Most cuts are those of schedulers that find nothing to do. Faults strike this much more often where rows are worked on.
+# Most cuts are those of schedulers with nothing to do: this much more often, faults strike where rows are worked on.
 CHILDREN = 4
 
 

@@ -54,7 +54,7 @@ class Invariants:
         self.reports: set[int] = set()
         self.commits = 0
 
-    # --- After each commit ----------------------------------------------------------------------------------------------
+    # --- After each commit --------------------------------------------------------------------------------------------
 
     def after_commit(self, actor: Actor) -> None:
         """Compare what is committed now with what was before: all of it was this actor's doing."""
@@ -119,7 +119,7 @@ class Invariants:
         child = getattr(process.worker, "child", None)
         return child is not None and child.attempt is not None and child.attempt.token == token and not child.is_alive
 
-    # --- While a job is at work -------------------------------------------------------------------------------------------
+    # --- While a job is at work ---------------------------------------------------------------------------------------
 
     @contextmanager
     def at_work(self, actor: Actor, pk: int) -> Iterator[None]:
@@ -134,7 +134,7 @@ class Invariants:
         finally:
             self._at_work[pk].remove(process)
 
-    # --- In Redis ---------------------------------------------------------------------------------------------------------
+    # --- In Redis -----------------------------------------------------------------------------------------------------
 
     def after_push(self, actor: Actor) -> None:
         """The queue is about within its limit: each of those who push at the same moment may fill it once."""
@@ -146,7 +146,7 @@ class Invariants:
             if counts[job] > 3 * LIMIT + self.world.doubled:
                 self.world.fail(f"{counts[job]} messages of {job} are queued, and its limit is {LIMIT}")
 
-    # --- At rest ----------------------------------------------------------------------------------------------------------
+    # --- At rest ------------------------------------------------------------------------------------------------------
 
     def at_rest(self) -> bool:
         return next(iter(self.unrest()), None) is None
@@ -203,7 +203,7 @@ class Invariants:
     def fail(self, what: str) -> None:
         raise Violation(what)
 
-    # --- Looking ----------------------------------------------------------------------------------------------------------
+    # --- Looking ------------------------------------------------------------------------------------------------------
 
     def _look(self) -> Seen:
         with self.world.seams.outside() as cursor:

@@ -13,7 +13,7 @@ from unittest import mock
 
 from django.db.models import F, Q
 
-from jobs import claims, clock, enqueue, perform, queues, scheduler
+from jobs import claims, clock, enqueue, queues, scheduler
 from jobs.claims import Attempt
 from jobs.conf import conf
 from jobs.models import Claim, ClaimQuerySet
@@ -31,7 +31,7 @@ def bug(plant: Callable[[], Iterator[None]]) -> Bug:
 @bug
 def no_fence() -> Iterator[None]:
     """with_lock does not ask whether the claim is still there."""
-    with mock.patch.object(claims, "_renew_or_lose", lambda attempt: None):
+    with mock.patch.object(claims, "_renew_or_lose", return_value=None):
         yield
 
 
@@ -142,8 +142,8 @@ def schedule_advanced_before_the_push() -> Iterator[None]:
 
     with (
         mock.patch.object(scheduler, "_advance", advance_and_push),
-        mock.patch.object(scheduler, "_push_owed", lambda errors: []),
-        mock.patch.object(scheduler, "_push_claims", lambda errors: None),
+        mock.patch.object(scheduler, "_push_owed", return_value=[]),
+        mock.patch.object(scheduler, "_push_claims", return_value=None),
     ):
         yield
 
@@ -163,7 +163,7 @@ def lease_ended_after_a_look() -> Iterator[None]:
 def leases_never_expire() -> Iterator[None]:
     """A row whose process died waits for ever."""
     with (
-        mock.patch.object(claims, "expire", lambda claim: None),
+        mock.patch.object(claims, "expire", return_value=None),
         mock.patch.object(ClaimQuerySet, "unleased", lambda self: self.filter(lease_key__isnull=True)),
     ):
         yield
@@ -172,7 +172,7 @@ def leases_never_expire() -> Iterator[None]:
 @bug
 def sweep_without_a_look() -> Iterator[None]:
     """A sweep pushes what is queued already, and copies pile up while nobody works."""
-    with mock.patch.object(enqueue, "queued_ids", lambda queue, name: set()):
+    with mock.patch.object(enqueue, "queued_ids", side_effect=lambda queue, name: set()):
         yield
 
 
@@ -195,7 +195,7 @@ def no_watchdog() -> Iterator[None]:
 @bug
 def finished_runs_settle_all_that_is_owed() -> Iterator[None]:
     """A run settles what came due while it ran, too."""
-    with mock.patch.object(scheduler.apps.get_model("selfheal", "Schedule"), "start", lambda schedule: {}):
+    with mock.patch.object(scheduler.apps.get_model("selfheal", "Schedule"), "start", return_value={}):
         yield
 
 

@@ -6,8 +6,8 @@ Only what cannot be in one process is replaced: to fork, to wait for a child, to
 from __future__ import annotations
 
 import contextlib
-from datetime import timedelta
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 from django.db import DatabaseError, InterfaceError, OperationalError, transaction
@@ -18,7 +18,7 @@ from jobs import QueueUnavailable, claims, queues, registry, scheduler, worker
 from jobs.conf import conf
 from jobs.models import Claim, Schedule
 from tests.cast.models import Task
-from tests.recovery.explorer.world import Actor, Killed, Process, World, current
+from tests.recovery.explorer.world import Actor, Killed, World, current
 
 QUEUES = ("urgent", "background", "default")
 

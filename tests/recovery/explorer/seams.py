@@ -26,7 +26,6 @@ from jobs import claims, enqueue, message, perform, scheduler, worker
 from jobs.conf import conf
 from tests.recovery.explorer.world import Actor, Killed, World, current
 
-
 # For how long, in virtual seconds, SQLite waits for whoever writes.
 PATIENCE = 20.0
 SCRIPTS = {

@@ -84,6 +84,11 @@ class Process:
         """Whether it may be at work without a lease: it stood still, or the lease ran out in a jump of the clock."""
         return self.excused_at > self.renewed_at
 
+    @property
+    def is_overdue(self) -> bool:
+        """Whether its watchdog has to end it."""
+        return self.watchdog_at is not None and self.watchdog_at < self.world.monotonic and not self.is_frozen
+
     def spawn(self, name: str, body: Callable[[], int | None]) -> Actor:
         actor = Actor(self, name, body)
         self.actors.append(actor)
@@ -175,7 +180,7 @@ class Actor:
     def obey_time(self) -> None:
         """Meet what strikes a process by itself: its watchdog when it was resumed too late, its job's time limit."""
         process, now = self.process, self.world.monotonic
-        if process.watchdog_at is not None and process.watchdog_at < now:
+        if process.is_overdue:
             process.grace -= 1
             if process.grace < 0:
                 self.world.count("watchdog")
@@ -292,12 +297,11 @@ class World:
         for timer in [each for each in self.timers if each[0] <= self.monotonic]:
             self.timers.remove(timer)
             timer[1]()
-        for process in list(self.processes):
-            # One that was frozen meets its watchdog when it runs, see Actor.obey_time.
-            if process.watchdog_at is not None and process.watchdog_at < self.monotonic and not process.is_frozen:
-                if not (process.grace and any(actor.is_ready for actor in process.actors)):
-                    self.count("watchdog")
-                    process.end(1)
+        for process in [each for each in self.processes if each.is_overdue]:
+            # One that was frozen may do a little more when it is resumed, see Actor.obey_time.
+            if not (process.grace and any(actor.is_ready for actor in process.actors)):
+                self.count("watchdog")
+                process.end(1)
 
     # --- Who runs -----------------------------------------------------------------------------------------------------
 
