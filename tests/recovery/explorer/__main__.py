@@ -69,8 +69,8 @@ def explore(redis_url: str, seed: int, arguments: argparse.Namespace) -> int:
             if schedule.violation:
                 print(exploring.story(schedule))
                 break
-            if sys.stderr.isatty():
-                print(f"\r{len(calm)} ", end="", file=sys.stderr, flush=True)
+            if len(calm) % 100 == 0:
+                print(f"{len(calm)} schedules, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     took = time.monotonic() - began
     for what, times in sorted(struck.items()):
         print(f"{times:9,}  {what}")

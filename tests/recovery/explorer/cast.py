@@ -1,7 +1,7 @@
 """The jobs and sweeps that the explorer's world runs, in two versions of the code.
 
 A task's `behaviour` is what its job does to you, once for each comma: "fail,die,slow" fails, then kills its process,
-then takes two minutes, then succeeds. "hopeless" always fails.
+then takes longer than a lease, then succeeds. "endless" runs into its time limit, "hopeless" always fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def misbehave(task: Task) -> None:
     turn = world.names[f"behaviour of {task.pk}"]
     world.names[f"behaviour of {task.pk}"] += 1
     behaviour = "hopeless" if "hopeless" in behaviours else behaviours[turn] if turn < len(behaviours) else ""
-    actor.sleep({"slow": 120.0, "steady": 20.0}.get(behaviour, 0.5))
+    actor.sleep({"slow": 90.0, "steady": 20.0, "endless": 1000.0}.get(behaviour, 0.5))
     if behaviour in ("fail", "hopeless"):
         raise RuntimeError(f"task {task.pk} fails")
     if behaviour == "die":
@@ -48,7 +48,7 @@ def misbehave(task: Task) -> None:
 def move(task: Task, to: str) -> None:
     actor = current()
     assert actor is not None
-    with actor.world.invariants.at_work(actor, task.pk):
+    with actor.world.invariants.at_work(actor, f"task {task.pk}"):
         misbehave(task)
         with with_lock(task):
             task.state = to
@@ -60,7 +60,8 @@ def report(minute: int) -> None:
     """A cron job that is no sweep, due once in the life of a world."""
     actor = current()
     assert actor is not None
-    actor.sleep(20.0)
+    with actor.world.invariants.at_work(actor, f"report {minute}"):
+        actor.sleep(20.0)
     actor.world.invariants.reports.add(minute)
 
 
@@ -70,7 +71,7 @@ def declared() -> Iterator[dict[str, dict[str, object]]]:
     with registry.sandbox():
         registry._declared.clear()
 
-        @job(backoff=SOON, timeout=timedelta(minutes=5))
+        @job(backoff=SOON, timeout=timedelta(minutes=2))
         def make(task: Task) -> None:
             move(task, "done")
 
@@ -78,7 +79,7 @@ def declared() -> Iterator[dict[str, dict[str, object]]]:
         def find_pending() -> QuerySet[Task]:
             return Task.objects.pending()
 
-        @job(backoff=SOON, max_attempts=3)
+        @job(backoff=SOON, max_attempts=3, timeout=timedelta(minutes=2))
         def remove(task: Task) -> None:
             move(task, "deleted")
 
@@ -101,7 +102,7 @@ def declared() -> Iterator[dict[str, dict[str, object]]]:
 
         today = dict(registry._declared)
         registry._declared.clear()
-        build = job(name="build", backoff=SOON, timeout=timedelta(minutes=5))(partial(move, to="done"))
+        build = job(name="build", backoff=SOON, timeout=timedelta(minutes=2))(partial(move, to="done"))
         sweep(build, cron=EVERY_MINUTE, limit=LIMIT, name="find_pending")(find_pending.function)
         without = {name: each for name, each in today.items() if name not in ("make", "find_pending", "report_58")}
         renamed = {**without, **registry._declared}

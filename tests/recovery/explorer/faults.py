@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.recovery.explorer.world import Actor, Process, World
 
 LIST = "rq:queue:default"
-BEHAVIOURS = ("", "", "", "slow", "slow", "steady", "fail", "fail,fail,slow", "die", "slow,die", "hopeless")
+BEHAVIOURS = ("", "", "", "slow", "slow", "steady", "fail", "fail,fail,slow", "die", "slow,die", "endless", "hopeless")
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,15 @@ def outage(world: World, actor: Actor, kind: str, for_seconds: float) -> None:
         process.end(-9)
 
 
-@fault(1, one_of("today", "today", "renamed", "without"), one_of(True, False), seconds(20, 200))
-def deploy(world: World, actor: Actor, version: str, kindly: bool, for_seconds: float) -> None:
+@fault(
+    2, one_of("today", "today", "renamed", "without"), one_of("SIGTERM", "SIGTERM twice", "SIGKILL"), seconds(20, 200)
+)
+def deploy(world: World, actor: Actor, version: str, how: str, for_seconds: float) -> None:
     """Other code, for a while: the same once more, one that renames a job, one that has lost some."""
-    world.count(f"deploy {version} {'kindly' if kindly else 'unkindly'}")
-    world.roster.restart(world, version, kindly)
+    world.count(f"deploy {version}, by {how}")
+    world.roster.restart(world, version, how)
     if version != "today":
-        world.after(for_seconds, lambda: world.roster.restart(world, "today", kindly))
+        world.after(for_seconds, lambda: world.roster.restart(world, "today", how))
 
 
 # --- Redis ------------------------------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def lose_last(world: World, actor: Actor, steps: int) -> None:
     world.at_step.append((world.steps + steps, restore))
 
 
-@fault(2, one_of("before", "before", "after"), at="redis")
+@fault(4, one_of("before", "after"), at="redis")
 def lose_redis_call(world: World, actor: Actor, when: str) -> str:
     return when
 
@@ -210,7 +212,7 @@ def delay(world: World, actor: Actor, which: int, for_seconds: float) -> None:
 # --- The database and the clock ---------------------------------------------------------------------------------------
 
 
-@fault(4, one_of("before", "after", "after"), at="database")
+@fault(8, one_of("before", "after", "after"), at="database")
 def lose_database_call(world: World, actor: Actor, when: str) -> str:
     """A connection is dropped before the statement, or after it is done and before its answer."""
     return when

@@ -50,7 +50,7 @@ class Invariants:
     def __init__(self, world: World) -> None:
         self.world = world
         self.seen = Seen({}, [])
-        self._at_work: dict[int, list[Process]] = defaultdict(list)
+        self._at_work: dict[str, list[Process]] = defaultdict(list)
         self.reports: set[int] = set()
         self.commits = 0
 
@@ -122,17 +122,17 @@ class Invariants:
     # --- While a job is at work ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def at_work(self, actor: Actor, pk: int) -> Iterator[None]:
+    def at_work(self, actor: Actor, what: str) -> Iterator[None]:
         """Two at once are an error, unless the first stood still for too long, or the clock jumped under it."""
         process = actor.process
-        others = [each for each in self._at_work[pk] if each.is_alive and not each.is_excused]
+        others = [each for each in self._at_work[what] if each.is_alive and not each.is_excused]
         if others:
-            self.world.fail(f"{process} and {others} are at work on task {pk} at once")
-        self._at_work[pk].append(process)
+            self.world.fail(f"{process} and {others} are at work on {what} at once")
+        self._at_work[what].append(process)
         try:
             yield
         finally:
-            self._at_work[pk].remove(process)
+            self._at_work[what].remove(process)
 
     # --- In Redis -----------------------------------------------------------------------------------------------------
 

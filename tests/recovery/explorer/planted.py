@@ -193,13 +193,6 @@ def no_watchdog() -> Iterator[None]:
 
 
 @bug
-def finished_runs_settle_all_that_is_owed() -> Iterator[None]:
-    """A run settles what came due while it ran, too."""
-    with mock.patch.object(scheduler.apps.get_model("selfheal", "Schedule"), "start", return_value={}):
-        yield
-
-
-@bug
 def resolved_after_a_look() -> Iterator[None]:
     """A sweep deletes claims that it has found without a lease, whatever they have become since."""
 

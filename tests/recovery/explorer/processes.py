@@ -43,7 +43,6 @@ class Heartbeat(claims.Heartbeat):
         super().__init__(attempt)
         self.process = here().process
         self.ended = Flag()  # type: ignore[assignment]
-        self.runaway_at = here().world.monotonic + attempt.declared.timeout_seconds + 30
 
     def start(self) -> None:
         def body() -> None:
@@ -185,19 +184,23 @@ class Roster:
         registry._declared.clear()
         registry._declared.update(self.versions[version])
 
-    def restart(self, world: World, version: str, kindly: bool) -> None:
-        """Deploy a version of the code. Kindly: workers end after the message in work, in the code that they began."""
+    def restart(self, world: World, version: str, how: str) -> None:
+        """Deploy a version of the code.
+
+        By SIGTERM workers end after the message in work, by two they give it back, and SIGKILL is for all of a machine.
+        """
         self.deploy(version)
         for process in [each for each in world.processes if each.kind in ("scheduler", "worker", "child")]:
-            if kindly and process.kind == "worker" and process.worker is not None:
-                process.worker._stop_requested = True
-            elif not (kindly and process.kind == "child"):
+            if how == "SIGKILL" or process.kind == "scheduler" or (process.kind == "worker" and not process.worker):
                 process.end(-9)
+            elif process.kind == "worker":
+                process.worker._stop_requested = True
+                process.worker._kill_requested = how == "SIGTERM twice"
 
     def restore(self, world: World) -> None:
         """Put back what operators and deploys have changed, and release what was set aside."""
         if registry._declared != self.versions["today"]:
-            self.restart(world, "today", kindly=True)
+            self.restart(world, "today", "SIGTERM")
         schedulers = [each for each in world.processes if each.kind == "scheduler"]
         for process in schedulers[1:]:
             process.end(-9)

@@ -206,6 +206,8 @@ class Actor:
     def wait(self, seconds: float, until: Callable[[], bool] | None = None, what: str = "sleep") -> bool:
         """Wait for a condition, for so long at most. Returns whether it came true."""
         deadline = self.world.monotonic + seconds
+        if self.process.limit_at is not None and self is self.process.main:
+            deadline = min(deadline, self.process.limit_at + STEP)
         self.cut("other", what)
         if not (until and until()):
             self.is_waiting, self.wakes_at, self.until = True, deadline, until
