@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +22,8 @@ def main() -> int:
     parser.add_argument("--log", action="store_true", help="print every step")
     parser.add_argument("--plant", help="with this bug of planted.py in the code")
     arguments = parser.parse_args()
+    # Its servers end with it.
+    signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**9)
     with tempfile.TemporaryDirectory(prefix="selfheal-chaos-") as home:
         # Not before: what is imported from `config` has read the environment.
