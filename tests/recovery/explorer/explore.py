@@ -121,7 +121,8 @@ def explorer(redis_url: str) -> Iterator[Explorer]:
         # A slower tick than the default, since most of what a calm world does is ticks.
         override_settings(
             RQ_QUEUES={name: {"URL": redis_url} for name in QUEUES},
-            JOBS={"TICK": timedelta(seconds=15)},
+            JOBS={"TICK": timedelta(seconds=20)},
+            DEBUG=False,
         ),
         mock.patch.dict(settings, OPTIONS=options, CONN_MAX_AGE=None),
     ):
