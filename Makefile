@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 EXTRAS := local,postgres,docs,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test matrix bench docs lint format clean .venv
+.PHONY: help demo run test matrix chaos bench docs lint format clean .venv
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench: .venv  ## measure speed and memory against their bars, and write benchmar
 docs: .venv  ## make the pages in docs/ into HTML, and say where it is
 	.venv/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "Open file://$(CURDIR)/build/docs/index.html"
+
+chaos: .venv  ## explore seeded schedules of faults (SEED=... RUNS=1000 ARGS="--postgres --log --plant no_fence")
+	.venv/bin/python -m tests.recovery.explorer $(if $(SEED),--seed $(SEED)) $(if $(RUNS),--runs $(RUNS)) $(ARGS)
 
 lint: .venv  ## check format, style, types and migrations
 	.venv/bin/python -m ruff format --check .

@@ -336,6 +336,11 @@ def resolve(job: str, rows: QuerySet[Any]) -> int:
     return resolved
 
 
+def forget(declared: list[str], before: Any) -> None:
+    """Delete claims that nobody works on, first made before the given time, of jobs that are not declared any more."""
+    _delete(_claims().unleased().exclude(job__in=declared).filter(first_claimed_at__lt=before))
+
+
 def _needed(rows: QuerySet[Any], claims: list[Claim]) -> set[str]:
     """Return the primary keys of those claimed rows that the queryset still matches."""
     pks = []

@@ -44,10 +44,29 @@ def test_what_is_older_than_keep_runs_is_deleted(settings):
 def test_it_is_deleted_a_batch_at_a_time(monkeypatch, django_assert_num_queries):
     monkeypatch.setattr(library, "BATCH", 3)
     runs(*[timedelta(days=20)] * 7)
-    # Three times: look, then delete; and a last look.
-    with django_assert_num_queries(3 * 2 + 1):
+    # Three times: look, then delete; and a last look. Then the claims of jobs that are gone.
+    with django_assert_num_queries(3 * 2 + 1 + 1):
         selfheal_prune()
     assert not Run.objects.exists()
+
+
+def test_claims_of_jobs_that_are_gone_do_not_stay_for_ever():
+    """No sweep settles them: a deploy has renamed their job, or removed it."""
+    now, past, day = timezone.now(), timezone.now() - timedelta(days=15), timedelta(days=1)
+
+    def claim(pk: str, job: str = "renamed_since", first: datetime = past, **values: Any) -> Claim:
+        return Claim.objects.create(job=job, model="cast.task", object_pk=pk, first_claimed_at=first, **values)
+
+    claim("1")
+    claim("2", quarantined_at=past)
+    claim("3", lease_key="cast.task:3", token="dead", lease_expires_at=now - day)
+    kept = {
+        claim("4", first=now - 13 * day),
+        claim("5", lease_key="cast.task:5", token="at work", lease_expires_at=now + day),
+        claim("6", job="do_task", quarantined_at=past),
+    }
+    selfheal_prune()
+    assert set(Claim.objects.all()) == kept
 
 
 def test_nothing_else_is_deleted():

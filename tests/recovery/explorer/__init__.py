@@ -1,0 +1,17 @@
+"""A seeded explorer of schedules: the real code, in one process, on a virtual clock, cut off and struck anywhere.
+
+The model. A `World` (world.py) holds processes: schedulers, workers, the children that workers fork, web requests and
+operators. Each has one or more actors, threads of which exactly one runs at a time: it holds the baton. Before every
+statement to the database and every command to Redis, before every sleep and before it ends, an actor is at a *cut*
+(seams.py). There the chooser (chooser.py) may decide something: that somebody else goes first, or that one of the
+faults strikes (faults.py). Between two cuts nothing can be seen from outside, so cutting before each of them is cutting
+before and after each write. What runs is the library itself: its tick, sweeps, pushes, claims, worker, heartbeat and
+jobs (processes.py, cast.py) over a real Redis and a real database.
+
+A decision hangs on a cut by the actor's name and the number of the cut, so a trace is a list of decisions, every part
+of a trace is a trace too, and a failing one is shortened by leaving decisions out (shrink.py). After each commit
+and at the end, what must hold is checked from outside, by own queries (invariants.py). When the decisions are over, the
+faults end, everything runs on fairly, and every row has to be ready within a bound of virtual time.
+
+To add a fault, write a function in faults.py. To see that the explorer can fail, see planted.py.
+"""

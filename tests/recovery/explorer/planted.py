@@ -1,0 +1,213 @@
+"""Bugs to plant, each a context manager: the explorer has to find every one of them.
+
+Each is what somebody could write who does not know why the code is as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest import mock
+
+from django.db.models import F, Q
+
+from jobs import claims, clock, enqueue, queues, scheduler
+from jobs.claims import Attempt
+from jobs.conf import conf
+from jobs.message import row_id
+from jobs.models import Claim, ClaimQuerySet
+from tests.recovery.explorer import processes
+
+Bug = Callable[[], AbstractContextManager[Any]]
+BUGS: dict[str, Bug] = {}
+
+
+def bug(plant: Callable[[], Iterator[None]]) -> Bug:
+    BUGS[plant.__name__] = contextmanager(plant)
+    return BUGS[plant.__name__]
+
+
+@bug
+def no_fence() -> Iterator[None]:
+    """with_lock does not ask whether the claim is still there."""
+    with mock.patch.object(claims, "_renew_or_lose", return_value=None):
+        yield
+
+
+@bug
+def no_re_read_under_the_lock() -> Iterator[None]:
+    """with_lock does not read the row again, and so writes over what a user has set meanwhile."""
+
+    def lock_only(attempt: Attempt, row: Any) -> bool:
+        return False
+
+    with mock.patch.object(Attempt, "is_on", lock_only), mock.patch("django.db.models.Model.refresh_from_db"):
+        yield
+
+
+@bug
+def settle_without_the_token() -> Iterator[None]:
+    """An attempt that has ended deletes the row's claim, whoever has it by now."""
+
+    def end(attempt: Attempt) -> None:
+        Claim.objects.filter(job=attempt.declared.name, model=attempt.model, object_pk=attempt.pk).delete()
+
+    with mock.patch.object(claims, "_end", end):
+        yield
+
+
+@bug
+def claims_ignore_next_attempt_at() -> Iterator[None]:
+    """A row that backs off is taken when a message about it comes."""
+
+    def due(self: ClaimQuerySet) -> ClaimQuerySet:
+        return self.unleased().filter(quarantined_at__isnull=True)
+
+    with mock.patch.object(ClaimQuerySet, "due", due):
+        yield
+
+
+@bug
+def lease_per_job() -> Iterator[None]:
+    """Each job has a lease of its own on a row."""
+    key = property(lambda attempt: f"{attempt.declared.name}:{attempt.model}:{attempt.pk}")
+    with mock.patch.object(Attempt, "lease_key", key):
+        yield
+
+
+@bug
+def heartbeat_from_the_parent() -> Iterator[None]:
+    """The worker renews the lease of its child, and nobody does when it is killed."""
+
+    class FromTheParent(processes.Heartbeat):
+        def __init__(self, attempt: Attempt) -> None:
+            super().__init__(attempt)
+            world = processes.here().world
+            workers = [each for each in world.processes if each.kind == "worker"]
+            self.process = next((each for each in workers if each.worker is self.process.worker), self.process)
+
+        def join(self, timeout: float | None = None) -> None:
+            if self.process.is_alive:
+                super().join(timeout)
+
+        @staticmethod
+        def _arm(renewed_at: float) -> None:
+            """The child has no watchdog then."""
+
+        def _end_process(self, reason: str, how: int | None = None) -> None:
+            """Nor is it ended."""
+
+    with mock.patch.object(processes, "Heartbeat", FromTheParent):
+        yield
+
+
+@bug
+def unique_by_hash() -> Iterator[None]:
+    """An id counts as queued for as long as a hash says so, as with rq's `unique=True`."""
+    push_ids, push_id, take = enqueue.push_ids, enqueue.push_id, claims.take
+
+    def only_new(queue: Any, ids: list[bytes], spread_over: Any = None) -> None:
+        new = [id for id in ids if queue.connection.hsetnx(b"rq:job:" + id, "status", "queued")]
+        push_ids(queue, new, spread_over)
+
+    def only_if_new(queue: Any, id: str, **options: Any) -> bool:
+        return bool(queue.connection.hsetnx(f"rq:job:{id}", "status", "queued")) and push_id(queue, id, **options)
+
+    def take_and_forget(attempt: Attempt) -> Any:
+        taken = take(attempt)
+        name = attempt.declared.name
+        id = name if attempt.model == "selfheal.schedule" else row_id(name, attempt.pk)
+        queues.get(attempt.declared.queue).connection.delete(f"rq:job:{id}")
+        return taken
+
+    with (
+        mock.patch.object(enqueue, "push_ids", only_new),
+        mock.patch.object(enqueue, "push_id", only_if_new),
+        mock.patch.object(claims, "take", take_and_forget),
+    ):
+        yield
+
+
+@bug
+def schedule_advanced_before_the_push() -> Iterator[None]:
+    """A due run is pushed once, after its schedule has been advanced, and nobody remembers that it is owed."""
+    advance = scheduler._advance
+
+    def advance_and_push(schedule: Any, expression: str, now: Any, missed: str) -> None:
+        is_due = schedule.next_run_at is not None and schedule.next_run_at <= now
+        advance(schedule, expression, now, missed)
+        if is_due:
+            declared = scheduler.registry.get(schedule.name)
+            enqueue.push_id(queues.get(declared.queue), declared.name)
+
+    with (
+        mock.patch.object(scheduler, "_advance", advance_and_push),
+        mock.patch.object(scheduler, "_push_owed", return_value=[]),
+        mock.patch.object(scheduler, "_push_claims", return_value=None),
+    ):
+        yield
+
+
+@bug
+def lease_ended_after_a_look() -> Iterator[None]:
+    """Whoever finds an expired lease ends it later, without asking again whether it has been renewed or taken."""
+
+    def expire(claim: Claim) -> None:
+        Claim.objects.filter(pk=claim.pk).update(**claims.UNHELD, crashes=F("crashes") + 1)
+
+    with mock.patch.object(claims, "expire", expire):
+        yield
+
+
+@bug
+def leases_never_expire() -> Iterator[None]:
+    """A row whose process died waits for ever."""
+    with (
+        mock.patch.object(claims, "expire", return_value=None),
+        mock.patch.object(ClaimQuerySet, "unleased", lambda self: self.filter(lease_key__isnull=True)),
+    ):
+        yield
+
+
+@bug
+def sweep_without_a_look() -> Iterator[None]:
+    """A sweep pushes what is queued already, and copies pile up while nobody works."""
+    with mock.patch.object(enqueue, "queued_ids", side_effect=lambda queue, name: set()):
+        yield
+
+
+@bug
+def no_watchdog() -> Iterator[None]:
+    """A process that cannot renew its lease works on."""
+
+    def beat(self: claims.Heartbeat) -> None:
+        while not self.ended.wait(conf.HEARTBEAT.total_seconds()):
+            with contextlib.suppress(Exception):
+                claims.renew(self.attempt.token)
+
+    with (
+        mock.patch.object(claims.Heartbeat, "_beat", beat),
+        mock.patch.object(processes.Heartbeat, "_arm", staticmethod(lambda renewed_at: None)),
+    ):
+        yield
+
+
+@bug
+def resolved_after_a_look() -> Iterator[None]:
+    """A sweep deletes claims that it has found without a lease, whatever they have become since."""
+
+    def resolve(job: str, rows: Any) -> int:
+        unleased = Claim.objects.filter(
+            Q(lease_key__isnull=True) | Q(lease_expires_at__lte=clock.now()), job=job, model="cast.task"
+        )
+        found = list(unleased)
+        needed = {str(pk) for pk in rows.values_list("pk", flat=True)}
+        for claim in found:
+            if claim.object_pk not in needed:
+                Claim.objects.filter(pk=claim.pk).delete()
+        return 0
+
+    with mock.patch.object(claims, "resolve", resolve):
+        yield
