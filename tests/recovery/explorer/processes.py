@@ -114,7 +114,7 @@ class Worker(worker.Worker):
     ) -> tuple[int, int, bool]:
         world = here().world
         child = world.start("child", lambda: self._be_forked(work), what)
-        child.worker = self
+        self.child, child.worker = child, self
         give_up_at = world.monotonic + kill_after
         was_told = was_killed = False
 

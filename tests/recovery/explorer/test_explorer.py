@@ -18,7 +18,7 @@ from tests.recovery.explorer.shrink import shortest
 pytestmark = pytest.mark.django_db(transaction=True)
 
 # Together 1,000, shared by the processes that run the tests; a fifth of that on PostgreSQL, which takes longer.
-SHARES, SCHEDULES = 20, 50 if connection.vendor == "sqlite" else 10
+SHARES, SCHEDULES = 40, 25 if connection.vendor == "sqlite" else 5
 # From where seeds are drawn; pytest-randomly has seeded the ordinary chance alike in each process.
 FRESH = random.SystemRandom()
 
@@ -66,15 +66,14 @@ def test_a_planted_bug_is_found(exploring, bug):
 
 @pytest.mark.sqlite
 def test_the_story_of_a_failure_tells_the_least_that_leads_to_it(exploring):
-    """A row that backs off is all that this one needs; the seed has struck in dozens of ways besides."""
+    """A row that backs off, and a message about it, is all that this one needs; the seed has struck in many ways."""
     with BUGS["claims_ignore_next_attempt_at"]():
         failed = next(one for one in map(exploring.run, range(1000)) if one.violation and len(one.decisions) > 10)
         story = exploring.story(failed)
     assert "was taken while it was backing off" in story
-    least = re.search(rf"The shortest trace has (\d+) of {len(failed.decisions)} decisions", story)
-    assert least is not None
-    # Apart from what makes the rows, of which there are at least two.
-    assert int(least[1]) <= 3, story
+    shortest_trace = re.search(rf"The shortest trace has (\d+) of {len(failed.decisions)} decisions", story)
+    assert shortest_trace
+    assert int(shortest_trace[1]) <= 4
     assert f"make chaos SEED={failed.seed} RUNS=1" in story
 
 

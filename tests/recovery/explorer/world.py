@@ -143,7 +143,9 @@ class Actor:
         except Killed:
             code = None
         except BaseException:
-            self.world.fail(f"{self} ended with an error nobody caught:\n{traceback.format_exc()}")
+            # One that dies may end with any error, such as that of a session that was taken from it.
+            if self.process.is_alive:
+                self.world.fail(f"{self} ended with an error nobody caught:\n{traceback.format_exc()}")
         finally:
             self.world.seams.close_database(self)
             self.has_ended = True
