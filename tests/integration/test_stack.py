@@ -13,6 +13,7 @@ import pytest
 
 from config import BASE_DIR
 from config.stack import MARK, Death, StackError, Supervisor, job_commands
+from tests.machine import within
 
 # A process with a child that, like a worker's, is in a group of its own and outlives it.
 WITH_CHILD = [
@@ -142,7 +143,6 @@ def test_what_a_killed_supervisor_left_is_ended_by_the_next(tmp_path):
     code = f"""
 import sys, time
 from config.stack import Supervisor
-from tests.machine import within
 with Supervisor(sys.argv[1]) as stack:
     stack.start("it", {WITH_CHILD!r})
     time.sleep(600)
