@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from tests.cast.jobs import do_task, schedule_tasks, touch_file
 from tests.cast.models import Task
 from tests.integration.conftest import BACKGROUND_LIST
 from tests.integration.test_enqueue import PLAIN, SWEPT
+from tests.machine import within
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -32,13 +33,6 @@ def _short_timeout(settings: Any) -> None:
 @pytest.fixture(params=["refusing_redis", "hanging_redis"])
 def away(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param) or request.param)
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    assert time.monotonic() - began < seconds
 
 
 @pytest.fixture

@@ -32,9 +32,11 @@ from tests.recovery.traps import Trap
 INTERVALS = {"LEASE": 6, "HEARTBEAT": 1, "TICK": 0.5}
 LEASE = INTERVALS["LEASE"]
 PATIENCE = 40
-# One sweep interval (two seconds), one tick, and what a busy machine adds. Not longer than a lease: what is found again
-# this soon was found by a sweep, or by a tick, and not because some lease ran out.
-SOON = 6
+# For `TEST_JOBS`: nobody has the patience to wait for this lease, so what is done did not wait for it.
+A_LONG_LEASE = json.dumps({**INTERVALS, "LEASE": 10 * PATIENCE})
+# One sweep interval (two seconds), one tick, and what a busy machine adds. For tests in which there is no lease that
+# could run out: what is found again this soon was found by a sweep, or by a tick.
+SOON = 15
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:

@@ -55,7 +55,12 @@ def test_with_the_lease_no_row_is_worked_by_two_at_once(home):
 
 
 def test_without_the_lease_the_ledger_catches_two_on_one_row(home):
-    demo = run_demo(home, "tests.recovery.settings_without_lease", "--disasters", "none")
+    # Without the lease it is up to chance whether two meet. On a machine that is busy with something else, the workers
+    # may be so late that there is a backlog, and then a row at work is not the one that is queued again.
+    for _ in range(4):
+        demo = run_demo(home, "tests.recovery.settings_without_lease", "--disasters", "none")
+        if demo.returncode:
+            break
     assert demo.returncode == 1, demo.stdout + demo.stderr
     [at_once] = re.findall(r"worked by two at once (\d+)\.", demo.stdout)
     assert int(at_once) > 0

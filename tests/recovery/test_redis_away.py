@@ -1,8 +1,6 @@
 """Redis stops, hangs, or is not there yet."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 from django.contrib.auth import get_user_model
@@ -14,6 +12,7 @@ from jobs import QueueUnavailable
 from jobs.models import Schedule
 from tests.cast.jobs import do_task, touch_file
 from tests.cast.models import Task
+from tests.machine import within
 from tests.recovery.conftest import Stack
 
 AWAY = {"refusing": lambda redis: redis.kill(), "hanging": lambda redis: redis.freeze()}
@@ -27,13 +26,6 @@ def take_away(request: pytest.FixtureRequest, stack: Stack) -> Callable[[], None
 def bring_back_empty(stack: Stack) -> None:
     stack.redis.kill()
     stack.redis.start()
-
-
-@contextmanager
-def within_a_second() -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    assert time.monotonic() - began < 1
 
 
 @pytest.fixture
@@ -97,13 +89,13 @@ def test_requests_that_create_rows(stack: Stack, operator: Client, take_away) ->
     owner = get_user_model().objects.get().pk
     take_away()
     for number in range(5):
-        with within_a_second():
+        with within(1):
             answer = operator.post(
                 reverse("admin:databases_database_add"), {"name": f"asked_for_{number}", "owner": owner}
             )
         assert answer.status_code == 302
     task = Task.objects.create()
-    with within_a_second():
+    with within(1):
         do_task.enqueue(task)
     assert set(Database.objects.values_list("state", flat=True)) == {"pending"}
     bring_back_empty(stack)
@@ -119,18 +111,18 @@ def test_pages_of_the_admin(stack: Stack, operator: Client, take_away) -> None:
     stack.wait_for(lambda: stack.runs(task), "something to show")
     take_away()
     for page in ("schedule", "claim", "run"):
-        with within_a_second():
+        with within(1):
             answer = operator.get(reverse(f"admin:selfheal_{page}_changelist"))
         assert answer.status_code == 200
         assert answer.context["cl"].result_count > 0
-    with within_a_second():
+    with within(1):
         assert operator.get(reverse("admin:index")).status_code == 200
 
 
 def test_a_plain_job_says_so_within_a_second(stack: Stack, tmp_path, take_away) -> None:
     file = tmp_path / "touched"
     take_away()
-    with within_a_second(), pytest.raises(QueueUnavailable):
+    with within(1), pytest.raises(QueueUnavailable):
         touch_file.enqueue(str(file))
     bring_back_empty(stack)
     stack.worker()

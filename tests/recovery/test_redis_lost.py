@@ -31,8 +31,8 @@ def test_emptied_while_a_job_runs(stack: Stack) -> None:
     do_task.enqueue(behind)
     assert stack.queued() == [f"do_task-{behind.pk}"]
     stack.redis.flush()
-    # Within one sweep interval and one tick.
-    stack.wait_for(lambda: stack.queued() == [f"do_task-{behind.pk}"], "queued again", SOON)
+    # Within one sweep interval and one tick; on a machine that is busy, the worker may be free again by then.
+    stack.wait_for(lambda: stack.queued() == [f"do_task-{behind.pk}"] or stack.intervals(behind), "queued again", SOON)
     stack.wait_until_done(task, behind)
     assert stack.runs(task) == stack.runs(behind) == ["done"]
     assert len(stack.intervals(task)) == 1
