@@ -23,6 +23,8 @@ def proof_of(page: Path, ending: str = "") -> Path | None:
     return path if path.exists() else None
 
 
+# A dozen processes, one after the other: seconds, but not on a machine that has other things to do.
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_whatever_a_page_shows_works(page: Path, tmp_path: Path, redis_server: RedisServer):
     if not any(blocks(page)):
