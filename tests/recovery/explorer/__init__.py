@@ -13,5 +13,15 @@ of a trace is a trace too, and a failing one is shortened by leaving decisions o
 and at the end, what must hold is checked from outside, by own queries (invariants.py). When the decisions are over, the
 faults end, everything runs on fairly, and every row has to be ready within a bound of virtual time.
 
-To add a fault, write a function in faults.py. To see that the explorer can fail, see planted.py.
+Scheduling decisions ("turn") and faults are of one kind. Where none is made, the actor at the cut goes on; when it
+waits or ends, whoever has waited longest is next; when nobody can do anything, the time comes at which somebody can.
+So time passes in sleeps and while a process is frozen, and nobody starves.
+
+What is not the real thing, and is tested by real processes in the other recovery tests: fork, signals, the blocking
+pop (it wakes up as one would), the interpreter's watchdog, and a server that is away (its calls fail where they are
+made). The present is read when a statement is made and not when it is executed, as on SQLite.
+
+To add a fault, write a function in faults.py: its docstring says what it is, its decorator how often it strikes and how
+its argument is drawn. Read in the table of `make chaos` how often it really did. To add a promise, write it down in
+invariants.py, and plant a bug in planted.py that breaks it.
 """

@@ -174,6 +174,8 @@ class Actor:
         lost = world.decide(self, kind, what)
         if not self.process.is_alive:
             raise Killed
+        # It may have jumped.
+        self._set_clock()
         if world.must_hand_over(self):
             self.park()
         self.obey_time()
@@ -378,7 +380,6 @@ class World:
         self.steps += 1
         self.monotonic += STEP
         self.latest_now = max(self.latest_now, self.now)
-        clock._fixed.set(self.now)
         self.log.append((self.monotonic, actor.name, what))
         self.cut_at[actor.process.kind, what] += 1
         for timer in [each for each in self.at_step if each[0] <= self.steps]:
