@@ -49,7 +49,7 @@ def parse_options() -> argparse.Namespace:
     add("--minutes", type=float, default=20.0, help="how long disasters strike; then every row must come to its end")
     add("--workers", type=int, default=8, help="how many workers")
     add("--rate", type=float, default=2.0, help="how many databases a second the user asks for")
-    add("--pauses", type=float, nargs=2, default=(2.0, 8.0), help="seconds between two disasters, at least and at most")
+    add("--every", type=float, default=5.0, help="seconds between two disasters, on average")
     add("--disasters", default="all", help="their names with commas between; or none; or all")
     add("--home", type=Path, default=HOME / "soak", help="a folder for it, emptied at each start")
     add("--seed", type=int, default=random.randrange(10**6), help="of whatever is left to chance; a new one each time")
@@ -94,11 +94,13 @@ def play(
     prepare_django(home, options.cron)
     # Not before: what these import needs Django.
     from django.db import connections
+    from django.db.models import Count
 
     from demo import rows
     from demo.ledger import intervals, lost, unrecorded
     from demo.watch import Watch
     from jobs.conf import conf
+    from jobs.models import Run
     from soak import audit, report
     from soak.disasters import read_kinds
     from soak.observer import Observer
@@ -110,6 +112,8 @@ def play(
     audit.install()
     commands(stack, options.workers, theirs)
     user = User(options.rate, chance, postgres_network.port)
+    # The next disaster may end it, and this thread asks nothing before the last one is over.
+    connections.close_all()
     observer = Observer(redis.url, lambda: {name: pid for name in stack.names if (pid := stack.pid(name))})
     stage = Stage(
         redis_server=redis,
@@ -122,11 +126,11 @@ def play(
         user=user,
         screen=screen,
         random=chance,
-        pauses=tuple(options.pauses),
+        every=options.every,
     )
     screen.say(
         f"Two schedulers, {options.workers} workers, a user who wants {options.rate:g} databases a second, and a "
-        f"disaster every {options.pauses[0]:g} to {options.pauses[1]:g} s for {options.minutes:g} minutes. "
+        f"disaster every {options.every:g} s or so for {options.minutes:g} minutes. "
         f"Seed {options.seed}."
     )
     observer.start()
@@ -169,6 +173,8 @@ def play(
         grown=[*report.grown(observer.memory, SPARED), *report.piled_up(keys)],
         never_struck=[name for name in kinds if not stage.struck[name] and options.minutes >= LONG_ENOUGH],
     )
+    outcomes = Run.objects.filter(job__in=rows.JOBS).values_list("outcome").annotate(Count("pk")).order_by("outcome")
+    history = ", ".join(f"{outcome} {count}" for outcome, count in outcomes)
     connections.close_all()
 
     killed = sum(attempt.closed_by == "death" for attempt in attempts)
@@ -177,12 +183,15 @@ def play(
     screen.say(f"\n{report.keys_table(keys)}\n\n{report.heals(observer.heals.spans)}")
     screen.say(
         f"The workers made {len(attempts)} attempts; a death cut off {killed} of them. "
-        f"{len(stage.frozen_for)} children were frozen. All rows had ended {settled_after:.1f} s after the last disaster."
+        f"{len(stage.frozen_for)} children were frozen. The rows had ended {settled_after:.1f} s after the disasters."
     )
-    screen.say(
-        f"Of {len(user.requests)} requests {failed} failed, with the database away; while it was there, the slowest "
-        f"took {slowest(user.requests, stage.troubles):.2f} s."
-    )
+    screen.say(f"The library's own history of them: {history or 'nothing'}.")
+    screen.say(f"Of {len(user.requests)} requests {failed} failed.")
+    if worst := slowest(user.requests, stage.troubles):
+        screen.say(
+            f"While the database was there, the slowest took {worst.took:.2f} s, to {worst.verb} {worst.name} "
+            f"at {worst.began - stage.began:.1f} s."
+        )
     screen.say(
         f"PostgreSQL had {observer.sessions.most} sessions at most and {observer.sessions.last} at the end; "
         f"Redis {observer.clients.most} clients at most and {observer.clients.last} at the end."

@@ -12,6 +12,8 @@ from demo.screen import table
 
 FLAT = 10.0
 """Megabytes by which a process may be larger at the end than in the beginning."""
+ENOUGH = 24
+"""So many measurements are two minutes; before, its start would count as growth."""
 MANY = 100
 """More keys or entries than this that never expire, when all is done, are more than what a deployment needs."""
 
@@ -82,13 +84,13 @@ def thirds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def grown(memory: Mapping[str, Sequence[float]], spared: Sequence[str]) -> Iterator[str]:
-    """Yield a sentence for each process that was spared and has grown."""
+    """Yield a sentence for each process that was spared and has grown, as far as there are measurements enough."""
     for name in spared:
         if not memory.get(name):
             yield f"{name} was never measured"
             continue
         first, last = thirds(memory[name])
-        if last - first > FLAT:
+        if len(memory[name]) >= ENOUGH and last - first > FLAT:
             yield f"{name} from {first:.1f} to {last:.1f} MB"
 
 

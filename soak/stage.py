@@ -56,7 +56,7 @@ class Stage:
     user: User
     screen: Screen
     random: Random
-    pauses: tuple[float, float] = (2.0, 8.0)
+    every: float = 5.0
     began: float = field(default_factory=clock)
     struck: Counter[str] = field(default_factory=Counter)
     troubles: list[tuple[float, float]] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Stage:
                     # Every kind once, in an order of chance, before any comes again.
                     waiting.extend(self.random.sample(kinds, len(kinds)))
                 going += self._strike(waiting)
-                strike_at = clock() + self.random.uniform(*self.pauses)
+                strike_at = clock() + self.every * self.random.uniform(0.4, 1.6)
             going = list(self._go_on(going))
             time.sleep(TICK)
         self.user.finish()

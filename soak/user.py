@@ -31,6 +31,10 @@ class Request:
     ended: float
     error: str = ""
 
+    @property
+    def took(self) -> float:
+        return self.ended - self.began
+
 
 class User:
     """Asks through the network that disasters strike, as a web process would. Call `play()` some ten times a second."""
@@ -123,14 +127,10 @@ def wanted(requests: Iterable[Request], given_up: set[str], there: Mapping[str, 
     return {name: "deleted" if name in deletions else ending for name, ending in endings.items()}
 
 
-def slowest(requests: Iterable[Request], troubles: Iterable[tuple[float, float]]) -> float:
-    """Return the seconds of the slowest request that was answered while nothing was wrong with the database."""
+def slowest(requests: Iterable[Request], troubles: Iterable[tuple[float, float]]) -> Request | None:
+    """Return the slowest of the requests during which nothing was wrong with the database."""
     spans = list(troubles)
-    return max(
-        (
-            each.ended - each.began
-            for each in requests
-            if not any(each.began < until and since < each.ended for since, until in spans)
-        ),
-        default=0.0,
+    undisturbed = (
+        each for each in requests if not any(each.began < until and since < each.ended for since, until in spans)
     )
+    return max(undisturbed, key=lambda each: each.took, default=None)
