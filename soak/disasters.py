@@ -52,9 +52,9 @@ def redis_restarted_with_data(stage: Stage) -> Disaster:
     with stage.using("redis"):
         stage.tell("⚡ Redis restarted with its data")
         stage.redis.save()
-        stage.redis_server.kill()
-        stage.redis_server.start()
-        (stage.redis_server.folder / "dump.rdb").unlink()
+        stage.servers.redis.kill()
+        stage.servers.redis.start()
+        (stage.servers.redis.folder / "dump.rdb").unlink()
     yield 0
 
 
@@ -62,8 +62,8 @@ def redis_restarted_with_data(stage: Stage) -> Disaster:
 def redis_restarted_empty(stage: Stage) -> Disaster:
     with stage.using("redis"):
         stage.tell("⚡ Redis killed, and started empty at once")
-        stage.redis_server.kill()
-        stage.redis_server.start()
+        stage.servers.redis.kill()
+        stage.servers.redis.start()
     yield 0
 
 
@@ -72,9 +72,9 @@ def redis_down(stage: Stage) -> Disaster:
     with stage.using("redis"):
         seconds = stage.seconds(3, 15)
         stage.tell(f"⚡ Redis killed, and started empty in {seconds:.0f} s")
-        stage.redis_server.kill()
+        stage.servers.redis.kill()
         yield seconds
-        stage.redis_server.start()
+        stage.servers.redis.start()
 
 
 @disaster
@@ -82,9 +82,9 @@ def redis_frozen(stage: Stage) -> Disaster:
     with stage.using("redis"):
         seconds = stage.seconds(1, 20)
         stage.tell(f"⚡ Redis frozen for {seconds:.0f} s")
-        stage.redis_server.freeze()
+        stage.servers.redis.freeze()
         yield seconds
-        stage.redis_server.thaw()
+        stage.servers.redis.thaw()
 
 
 @disaster
@@ -153,7 +153,7 @@ def keys_of_a_wrong_kind(stage: Stage) -> Disaster:
 def postgres_restarted(stage: Stage) -> Disaster:
     with stage.using("postgres"):
         stage.tell("⚡ PostgreSQL restarted")
-        stage.postgres.restart()
+        stage.servers.postgres.restart()
     yield 0
 
 
@@ -162,9 +162,9 @@ def postgres_killed(stage: Stage) -> Disaster:
     with stage.using("postgres"):
         seconds = stage.seconds(0, 10)
         stage.tell(f"⚡ PostgreSQL killed, and started in {seconds:.0f} s")
-        stage.postgres.kill()
+        stage.servers.postgres.kill()
         yield seconds
-        stage.postgres.start()
+        stage.servers.postgres.start()
 
 
 @disaster
@@ -172,9 +172,9 @@ def postgres_frozen(stage: Stage) -> Disaster:
     with stage.using("postgres"):
         seconds = stage.seconds(1, 20)
         stage.tell(f"⚡ PostgreSQL frozen for {seconds:.0f} s")
-        stage.postgres.freeze()
+        stage.servers.postgres.freeze()
         yield seconds
-        stage.postgres.thaw()
+        stage.servers.postgres.thaw()
 
 
 @disaster
@@ -200,7 +200,7 @@ def on_both_networks(strike: Callable[[Stage, str, Proxy], Disaster]) -> None:
     for server in ("redis", "postgres"):
 
         def strike_one(stage: Stage, server: str = server) -> Disaster:
-            network = stage.redis_network if server == "redis" else stage.postgres_network
+            network = stage.servers.redis_network if server == "redis" else stage.servers.postgres_network
             with stage.using(f"{server} network"):
                 yield from strike(stage, server.capitalize(), network)
                 network.heal()

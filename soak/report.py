@@ -6,9 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from demo.ledger import Clash, Ending, Interval, Process, clashes
+from django.db.models import Count
+
+from demo.ledger import Clash, Ending, Interval, Process, clashes, intervals, lost, unrecorded
 from demo.report import listed
+from demo.rows import JOBS
 from demo.screen import table
+from jobs.conf import conf
+from jobs.models import Run
+from soak import audit
+from soak.stage import SPARED, Stage
+from soak.user import slowest, wanted
+
+Keys = Mapping[str, tuple[int, int, int]]
+"""Each group of keys in Redis: how many they are, their entries, and how many of them never expire."""
 
 FLAT = 10.0
 """Megabytes by which a process may be larger at the end than in the beginning."""
@@ -31,6 +42,29 @@ class Verdict:
     unasked: Sequence[str] = ()
     grown: Sequence[str] = ()
     never_struck: Sequence[str] = ()
+
+    @classmethod
+    def on(
+        cls,
+        stage: Stage,
+        endings: Mapping[str, Ending],
+        attempts: Sequence[Interval],
+        writes: Sequence[audit.Write],
+        keys: Keys,
+    ) -> Verdict:
+        given_up = {write.name for write in writes if write.new == "deleting"}
+        expected = wanted(stage.user.requests, given_up, endings)
+        return cls(
+            endings=endings,
+            lost=lost(expected, endings),
+            # The watchdog leaves so much of a lease that it ends a process before anybody else may take the row.
+            at_once=at_once(attempts, stage.frozen_for, conf.lease_margin.total_seconds() / 2),
+            bad_writes=list(audit.bad(writes)),
+            unrecorded=sorted(unrecorded(expected, attempts)),
+            quarantined=sorted(stage.observer.quarantined),
+            unasked=stage.unasked,
+            grown=[*grown(stage.observer.memory, SPARED), *piled_up(keys)],
+        )
 
     @property
     def is_proof(self) -> bool:
@@ -60,6 +94,38 @@ class Verdict:
             "Grown": self.grown,
             "Disasters that never struck": self.never_struck,
         }
+
+
+def attempts(stage: Stage) -> list[Interval]:
+    """Return who worked on which row and when, by the ledger."""
+    return intervals(stage.watch.events, stage.watch.deaths)
+
+
+def figures(stage: Stage, kinds: Sequence[str], attempts: Sequence[Interval], keys: Keys) -> Iterator[str]:
+    """Yield everything that was measured, line by line."""
+    observer, requests = stage.observer, stage.user.requests
+    yield f"\n{disasters_table(kinds, stage.struck)}"
+    yield f"\n{memory_table(observer.memory, SPARED)}"
+    yield f"\n{keys_table(keys)}"
+    yield f"\n{heals(observer.heals.spans)}"
+    killed = sum(attempt.closed_by == "death" for attempt in attempts)
+    yield (
+        f"The workers made {len(attempts)} attempts; a death cut off {killed} of them. "
+        f"{len(stage.frozen_for)} children were frozen."
+    )
+    outcomes = Run.objects.filter(job__in=JOBS).values_list("outcome").annotate(Count("pk")).order_by("outcome")
+    history = ", ".join(f"{outcome} {count}" for outcome, count in outcomes)
+    yield f"The library's own history of them: {history or 'nothing'}."
+    yield f"Of {len(requests)} requests {sum(bool(request.error) for request in requests)} failed."
+    if worst := slowest(requests, stage.troubles):
+        yield (
+            f"While the database was there, the slowest took {worst.took:.2f} s, to {worst.verb} {worst.name} "
+            f"at {worst.began - stage.began:.1f} s."
+        )
+    yield (
+        f"PostgreSQL had {observer.sessions.most} sessions at most and {observer.sessions.last} at the end; "
+        f"Redis {observer.clients.most} clients at most and {observer.clients.last} at the end."
+    )
 
 
 def at_once(attempts: Sequence[Interval], frozen_for: Mapping[Process, float], margin: float) -> list[Clash]:
@@ -94,7 +160,7 @@ def grown(memory: Mapping[str, Sequence[float]], spared: Sequence[str]) -> Itera
             yield f"{name} from {first:.1f} to {last:.1f} MB"
 
 
-def piled_up(keys: Mapping[str, tuple[int, int, int]]) -> Iterator[str]:
+def piled_up(keys: Keys) -> Iterator[str]:
     """Yield a sentence for each group of keys that never expire and have become many."""
     for group, (count, entries, lasting) in keys.items():
         if lasting and (count > MANY or entries > MANY):
@@ -123,7 +189,7 @@ def memory_table(memory: Mapping[str, Sequence[float]], spared: Sequence[str]) -
     )
 
 
-def keys_table(keys: Mapping[str, tuple[int, int, int]]) -> str:
+def keys_table(keys: Keys) -> str:
     return table(
         ["keys in Redis at the end", "keys", "entries", "never expire"],
         [[group, *map(str, counts)] for group, counts in keys.items()],

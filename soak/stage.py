@@ -17,7 +17,6 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from config.servers import PostgresServer, RedisServer
 from config.stack import Supervisor
 from demo.ledger import Process
 from demo.rows import clock
@@ -26,7 +25,7 @@ from demo.watch import Watch, is_alive
 from jobs.conf import conf
 from soak.disasters import DISASTERS, Disaster, Missed
 from soak.observer import Observer
-from soak.proxy import Proxy
+from soak.servers import Servers
 from soak.user import User
 
 TICK = 0.1
@@ -46,10 +45,7 @@ class Victim(NamedTuple):
 class Stage:
     """Times in it are seconds of the ledger's clock."""
 
-    redis_server: RedisServer
-    postgres: PostgresServer
-    redis_network: Proxy
-    postgres_network: Proxy
+    servers: Servers
     stack: Supervisor
     watch: Watch
     observer: Observer
@@ -70,7 +66,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.redis = Redis.from_url(
-            self.redis_server.url, socket_timeout=10, socket_connect_timeout=10, retry=Retry(NoBackoff(), 0)
+            self.servers.redis.url, socket_timeout=10, socket_connect_timeout=10, retry=Retry(NoBackoff(), 0)
         )
 
     # --- The play -----------------------------------------------------------------------------------------------------

@@ -74,17 +74,14 @@ def test_with_the_library_as_it_is(home):
     assert re.search(r"worker-1 \(never killed\) +\d+ +\d+\.\d MB", said)
 
 
-def test_without_the_lease_two_are_at_one_row(home):
-    # Copies of what is being worked on reach the other workers at once.
-    settings = "tests.recovery.soak_without_lease"
-    code, said = soak(home, settings=settings, disasters="copies of messages", rate="1", minutes="0.3")
+def test_without_the_lease_two_are_at_one_row(home, monkeypatch):
+    # Sweeps queue again what is being worked on, a free worker takes it, and no heartbeat ends the first one so soon.
+    monkeypatch.setitem(INTERVALS, "HEARTBEAT", 3)
+    code, said = soak(home, settings="tests.recovery.soak_without_lease", disasters="none", rate="0.7")
     assert code == 1, said
-    [at_once, bad_writes] = map(int, re.search(r"at once (\d+), bad writes (\d+)", said).groups())
-    assert at_once > 0
-    assert bad_writes > 0
-    # And with evidence: both processes, and who held the lease.
+    assert int(re.search(r"at once (\d+)", said)[1]) > 0
+    # And with evidence: the row, both processes, and for how long.
     assert re.search(r"soak_\d+: process \d+ \(\w+\) .* process \d+ \(\w+\) started; together for \d", said)
-    assert re.search(r"soak_\d+: \w+ to \w+, by \d+ at .*, while (\d+|nobody) held the lease", said)
 
 
 def test_without_a_look_at_claim_and_state_writes_are_bad(home):
