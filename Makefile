@@ -3,6 +3,7 @@
 PYTHON ?= python3
 # More test processes than cores: the recovery tests mostly wait.
 WORKERS ?= 4
+MINUTES ?= 20
 ARGS ?=
 # Where `make test` runs: here, or in one of the two that `make matrix` makes.
 VENV ?= .venv
@@ -11,13 +12,16 @@ INSTALLED := .venv/.installed
 EXTRAS := local,postgres,docs,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test matrix chaos bench docs lint format clean .venv
+.PHONY: help demo soak run test matrix chaos bench docs lint format clean .venv
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv  ## break everything for a few minutes and count what was lost (ARGS=...)
 	.venv/bin/python -m demo $(ARGS)
+
+soak: .venv  ## break everything for MINUTES=20 on PostgreSQL, and see that nothing is lost and nothing grows (ARGS=...)
+	.venv/bin/python -m soak --minutes $(MINUTES) $(ARGS)
 
 run: .venv  ## run the whole stack until Ctrl-C, with the admin in a browser (ARGS="--port 8001")
 	.venv/bin/python -m config.run $(ARGS)

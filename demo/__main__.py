@@ -20,7 +20,7 @@ from config.servers import RedisServer, ServerError
 from config.stack import StackError, Supervisor, interrupt_on_sigterm, job_commands
 from demo.screen import Screen
 
-MARKER = "this-folder-is-emptied-by-the-demo"
+MARKER = "this-folder-is-emptied-at-each-start"
 
 
 def main() -> None:
@@ -119,7 +119,7 @@ def play(options: argparse.Namespace, home: Path, server: RedisServer, stack: Su
 def claim(home: Path) -> None:
     """Make the folder ours. Raises StackError when it holds something that is not."""
     if home.is_dir() and any(home.iterdir()) and not (home / MARKER).exists():
-        raise StackError(f"The demo empties its folder at each start, and {home} holds something else. Name another.")
+        raise StackError(f"The folder is emptied at each start, and {home} holds something else. Name another.")
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     (home / MARKER).touch()
 
@@ -154,7 +154,7 @@ def prepare_django(home: Path, cron: str) -> None:
     from databases.jobs import schedule_database_deletions, schedule_databases
     from jobs.models import Schedule
 
-    log = logging.FileHandler(home / "logs" / "demo.log")
+    log = logging.FileHandler(home / "logs" / f"{home.name}.log")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("", "selfheal", "databases", "django"):
         logging.getLogger(name).handlers[:] = [log]

@@ -89,7 +89,7 @@ def test_only_one_module_knows_waffle():
     assert importers("waffle") == {"switches.py"}
 
 
-@pytest.mark.parametrize("package", ["databases", "backups", "config", "demo", "tests"])
+@pytest.mark.parametrize("package", ["databases", "backups", "config", "demo", "soak", "tests"])
 def test_the_library_knows_nothing_of_the_project_around_it(package):
     assert importers(package) == set()
 

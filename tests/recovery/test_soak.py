@@ -1,0 +1,104 @@
+"""The soak itself, short: it passes with the library as it is, and it fails, saying why, with a bug planted in it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from config import BASE_DIR
+
+# It brings servers of its own.
+pytestmark = pytest.mark.sqlite
+
+SMALL = {
+    "--minutes": "0.4",
+    "--workers": "4",
+    "--rate": "1.5",
+    "--every": "2",
+    "--cron": "* * * * * *",
+    "--seed": "1",
+}
+INTERVALS = {"LEASE": 6, "HEARTBEAT": 1, "TICK": 0.5}
+
+
+def start(home, **options: str) -> subprocess.Popen[str]:
+    given = SMALL | {f"--{name}": value for name, value in options.items()}
+    return subprocess.Popen(
+        [sys.executable, "-m", "soak", "--home", str(home), *(word for pair in given.items() for word in pair)],
+        cwd=BASE_DIR,
+        env={**os.environ, "SOAK_JOBS": json.dumps(INTERVALS)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def soak(home, **options: str) -> tuple[int, str]:
+    running = start(home, **options)
+    said, _ = running.communicate(timeout=200)
+    return running.returncode, said
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A folder for the soak, of which no process may remember anything when it has ended."""
+    home = tmp_path / "home"
+    yield home
+    left_behind = [process for process in psutil.process_iter() if remembers(process, home)]
+    for process in left_behind:
+        process.kill()
+    assert left_behind == []
+
+
+def remembers(process: psutil.Process, home) -> bool:
+    try:
+        return str(home) in process.environ().get("SELFHEAL_HOME", "") or str(home) in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def test_with_the_library_as_it_is(home):
+    kinds = (
+        "redis emptied,redis restarted with data,redis full,postgres killed,postgres network cut,"
+        "redis network half closed,child frozen,worker and child killed,no scheduler"
+    )
+    code, said = soak(home, disasters=kinds)
+    assert code == 0, said
+    [rows] = re.findall(r"(\d+) rows, ready \d+, deleted \d+; lost 0, at once 0, bad writes 0, quarantined 0\.", said)
+    assert int(rows) >= 10
+    assert re.search(r"worker-1 \(never killed\) +\d+ +\d+\.\d MB", said)
+
+
+def test_without_the_lease_two_are_at_one_row(home, monkeypatch):
+    # Sweeps queue again what is being worked on, a free worker takes it, and no heartbeat ends the first one so soon.
+    monkeypatch.setitem(INTERVALS, "HEARTBEAT", 3)
+    code, said = soak(home, settings="tests.recovery.soak_without_lease", disasters="none", rate="0.7")
+    assert code == 1, said
+    assert int(re.search(r"at once (\d+)", said)[1]) > 0
+    # And with evidence: the row, both processes, and for how long.
+    assert re.search(r"soak_\d+: process \d+ \(\w+\) .* process \d+ \(\w+\) started; together for \d", said)
+
+
+def test_without_a_look_at_claim_and_state_writes_are_bad(home):
+    code, said = soak(home, settings="tests.recovery.soak_without_look", disasters="child frozen")
+    assert code == 1, said
+    assert int(re.search(r"bad writes (\d+)", said)[1]) > 0
+    assert re.search(r"Bad writes:\n  soak_\d+: ", said)
+
+
+def test_stopped_in_the_middle_it_leaves_no_process_behind(home):
+    running = start(home, minutes="5")
+    assert running.stdout
+    try:
+        next(line for line in running.stdout if "⚡" in line)
+        running.send_signal(signal.SIGTERM)
+        said, _ = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 130, said
+    assert "No process is left." in said
