@@ -15,7 +15,11 @@ from tests.recovery.explorer.explore import Explorer, explorer
 from tests.recovery.explorer.planted import BUGS
 from tests.recovery.explorer.shrink import shortest
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [
+    pytest.mark.django_db(transaction=True),
+    # A process that is killed does not close what it has open, and here its memory is collected by another.
+    pytest.mark.filterwarnings("ignore:.* was deleted while still open:ResourceWarning"),
+]
 
 # Together 1,000, shared by the processes that run the tests; a fifth of that on PostgreSQL, which takes longer.
 SHARES, SCHEDULES = 40, 25 if connection.vendor == "sqlite" else 5
