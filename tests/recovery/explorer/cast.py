@@ -61,7 +61,7 @@ def report(minute: int) -> None:
     actor = current()
     assert actor is not None
     with actor.world.invariants.at_work(actor, f"report {minute}"):
-        actor.sleep(20.0)
+        actor.sleep(40.0)
     actor.world.invariants.reports.add(minute)
 
 

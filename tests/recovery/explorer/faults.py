@@ -98,7 +98,7 @@ def _worker_of(world: World, child: Process) -> Process | None:
     return next((each for each in world.processes if each.kind == "worker" and each.worker is child.worker), None)
 
 
-@fault(4, one_of(20, 61, 75, 100, 240), one_of(0, 2, 5, 10, 20))
+@fault(8, one_of(20, 65, 80, 100, 240), one_of(0, 2, 5, 10, 20))
 def freeze(world: World, actor: Actor, for_seconds: float, grace: int) -> None:
     """SIGSTOP, and SIGCONT later. An overdue watchdog then ends it after so many cuts."""
     world.count(f"freeze {actor.process.kind}")

@@ -5,17 +5,15 @@ Each is what somebody could write who does not know why the code is as it is.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
-from django.db.models import F, Q
+from django.db.models import F
 
-from jobs import claims, clock, enqueue, queues, scheduler
+from jobs import claims, enqueue, queues, scheduler
 from jobs.claims import Attempt
-from jobs.conf import conf
 from jobs.message import row_id
 from jobs.models import Claim, ClaimQuerySet
 from tests.recovery.explorer import processes
@@ -175,39 +173,4 @@ def leases_never_expire() -> Iterator[None]:
 def sweep_without_a_look() -> Iterator[None]:
     """A sweep pushes what is queued already, and copies pile up while nobody works."""
     with mock.patch.object(enqueue, "queued_ids", side_effect=lambda queue, name: set()):
-        yield
-
-
-@bug
-def no_watchdog() -> Iterator[None]:
-    """A process that cannot renew its lease works on."""
-
-    def beat(self: claims.Heartbeat) -> None:
-        while not self.ended.wait(conf.HEARTBEAT.total_seconds()):
-            with contextlib.suppress(Exception):
-                claims.renew(self.attempt.token)
-
-    with (
-        mock.patch.object(claims.Heartbeat, "_beat", beat),
-        mock.patch.object(processes.Heartbeat, "_arm", staticmethod(lambda renewed_at: None)),
-    ):
-        yield
-
-
-@bug
-def resolved_after_a_look() -> Iterator[None]:
-    """A sweep deletes claims that it has found without a lease, whatever they have become since."""
-
-    def resolve(job: str, rows: Any) -> int:
-        unleased = Claim.objects.filter(
-            Q(lease_key__isnull=True) | Q(lease_expires_at__lte=clock.now()), job=job, model="cast.task"
-        )
-        found = list(unleased)
-        needed = {str(pk) for pk in rows.values_list("pk", flat=True)}
-        for claim in found:
-            if claim.object_pk not in needed:
-                Claim.objects.filter(pk=claim.pk).delete()
-        return 0
-
-    with mock.patch.object(claims, "resolve", resolve):
         yield

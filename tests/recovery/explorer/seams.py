@@ -139,7 +139,7 @@ class Seams:
     def _call(self, actor: Actor, what: str, call: Callable[[], Any]) -> Any:
         world, mine = actor.world, actor.connection
         lost = actor.cut("database", what)
-        if actor.is_doomed and mine.in_atomic_block:
+        if actor.is_doomed and (mine.in_atomic_block or what == "COMMIT"):
             raise OperationalError("(explorer) the connection was lost in this transaction")
         actor.is_doomed = False
         if lost == "before" or world.database_away_until > world.monotonic:
