@@ -11,7 +11,9 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import django
 
@@ -26,9 +28,14 @@ MARKER = "this-folder-is-emptied-at-each-start"
 def main() -> None:
     """Run to the end, or until Ctrl-C or SIGTERM, and leave no process behind."""
     options = parse_options()
+    run_as_a_proof(lambda: run(options))
+
+
+def run_as_a_proof(run: Callable[[], int]) -> NoReturn:
+    """End this process with what the run returns, or with a sentence when it did not come to its end."""
     interrupt_on_sigterm()
     try:
-        sys.exit(run(options))
+        sys.exit(run())
     except (StackError, ServerError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

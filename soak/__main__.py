@@ -9,15 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import HOME
-from config.servers import ServerError
-from config.stack import StackError, Supervisor, interrupt_on_sigterm, job_commands, manage
-from demo.__main__ import claim, empty, environment, prepare_django
+from config.stack import Supervisor, job_commands, manage
+from demo.__main__ import claim, empty, environment, prepare_django, run_as_a_proof
 from demo.screen import Screen
 from soak.servers import Servers, started
 
@@ -35,14 +33,7 @@ LONG_ENOUGH = 10.0
 def main() -> None:
     """Run to the end, or until Ctrl-C or SIGTERM, and leave no process behind."""
     options = parse_options()
-    interrupt_on_sigterm()
-    try:
-        sys.exit(run(options))
-    except (StackError, ServerError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        print("\nStopped before the end, which proves nothing. No process is left.")
-        sys.exit(130)
+    run_as_a_proof(lambda: run(options))
 
 
 def parse_options() -> argparse.Namespace:

@@ -286,6 +286,24 @@ def way_to_the_database(folder: Path) -> str:
 
 
 @pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A folder for a demo or a soak, of which no process may remember anything when it has ended."""
+    home = tmp_path / "home"
+    yield home
+    left_behind = [process for process in psutil.process_iter() if remembers(process, home)]
+    for process in left_behind:
+        process.kill()
+    assert left_behind == []
+
+
+def remembers(process: psutil.Process, home: Path) -> bool:
+    try:
+        return str(home) in process.environ().get("SELFHEAL_HOME", "") or str(home) in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+@pytest.fixture
 def stack(transactional_db: None, tmp_path: Path, settings, monkeypatch) -> Iterator[Stack]:
     """Its Redis runs; its processes are up to the test. None of them outlives it."""
     redis = RedisServer(tmp_path / "redis")

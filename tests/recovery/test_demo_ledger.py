@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import psutil
 import pytest
 
 from config import BASE_DIR
@@ -28,24 +27,6 @@ def run_demo(home, settings: str, *options: str) -> subprocess.CompletedProcess[
 
 # The demo brings a SQLite file of its own.
 pytestmark = pytest.mark.sqlite
-
-
-@pytest.fixture
-def home(tmp_path):
-    """A folder for the demo, of which no process may remember anything when it has ended."""
-    home = tmp_path / "home"
-    yield home
-    left_behind = [process for process in psutil.process_iter() if remembers(process, home)]
-    for process in left_behind:
-        process.kill()
-    assert left_behind == []
-
-
-def remembers(process: psutil.Process, home) -> bool:
-    try:
-        return str(home) in process.environ().get("SELFHEAL_HOME", "") or str(home) in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
 
 
 def test_with_the_lease_no_row_is_worked_by_two_at_once(home):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 
-import psutil
 import pytest
 
 from config import BASE_DIR
@@ -42,24 +41,6 @@ def soak(home, **options: str) -> tuple[int, str]:
     running = start(home, **options)
     said, _ = running.communicate(timeout=200)
     return running.returncode, said
-
-
-@pytest.fixture
-def home(tmp_path):
-    """A folder for the soak, of which no process may remember anything when it has ended."""
-    home = tmp_path / "home"
-    yield home
-    left_behind = [process for process in psutil.process_iter() if remembers(process, home)]
-    for process in left_behind:
-        process.kill()
-    assert left_behind == []
-
-
-def remembers(process: psutil.Process, home) -> bool:
-    try:
-        return str(home) in process.environ().get("SELFHEAL_HOME", "") or str(home) in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
 
 
 def test_with_the_library_as_it_is(home):
