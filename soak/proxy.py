@@ -60,7 +60,6 @@ class Proxy:
         self._delay = 0.0
         self._is_black_hole = False
         self._connections: set[Connection] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._server: asyncio.Server | None = None
@@ -126,6 +125,12 @@ class Proxy:
 
     async def _refuse(self) -> None:
         if self._server:
+            # Whoever was accepted a moment ago is not among the connections yet. Were the server closed under it,
+            # nobody would ever close it, and its client would wait for ever.
+            give_up_at = self._loop.time() + ANSWER_SECONDS / 2
+            while (others := asyncio.all_tasks() - {asyncio.current_task()}) and self._loop.time() < give_up_at:
+                await self._cut(lambda each: True)
+                await asyncio.wait(others, timeout=0.01)
             self._server.close()
             self._server = None
             # Bound and not listening: connections are refused, and nobody else gets the port.
@@ -145,17 +150,12 @@ class Proxy:
 
     async def _close(self) -> None:
         await self._refuse()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=ANSWER_SECONDS / 2)
         if self._reserved:
             self._reserved.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection((reader, writer))
         connection.is_silent = self._is_black_hole
-        task = asyncio.current_task()
-        assert task
-        self._tasks.add(task)
         self._connections.add(connection)
         try:
             if not connection.is_silent:
@@ -170,7 +170,6 @@ class Proxy:
             # Also in good order, when both sides have said their last word: then there is nothing left to lose.
             connection.cut()
             self._connections.discard(connection)
-            self._tasks.discard(task)
 
     async def _pump(self, connection: Connection, source: Stream, sink: Stream | None) -> None:
         while chunk := await source[0].read(CHUNK):

@@ -129,6 +129,15 @@ def test_half_closed_towards_the_server(proxy):
             client.recv(1000)
 
 
+def test_whoever_has_just_connected_when_it_ends_is_not_left_waiting(echo):
+    for _ in range(30):
+        with Proxy(echo.server_address[1]) as proxy:
+            clients = [socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE) for _ in range(3)]
+        for client in clients:
+            with client, contextlib.suppress(ConnectionResetError):
+                assert client.recv(1000) == b""
+
+
 def test_refused_until_it_heals_on_the_same_port(proxy):
     with connected(proxy) as client:
         assert says(client) == b"hello"
