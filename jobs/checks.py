@@ -17,6 +17,7 @@ from django.db import connections, router
 from django.db.models import Q, QuerySet
 from django.utils.module_loading import import_string
 from redis.exceptions import RedisError
+from rq.exceptions import TimeoutFormatError
 
 from jobs import conf, queues, registry
 from jobs.sweep import Sweep
@@ -43,7 +44,8 @@ def check_declarations(**kwargs: Any) -> list[CheckMessage]:
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
     """JOBS, and the classes that django-rq must use for the promises to hold."""
     errors: list[CheckMessage] = [Error(sentence, id="selfheal.E008") for sentence in conf.problems()]
-    rq = getattr(settings, "RQ", {})
+    given = getattr(settings, "RQ", None)
+    rq = given if isinstance(given, dict) else {}
     for option, path in CLASSES.items():
         given = rq.get(option)
         try:
@@ -63,7 +65,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
 
 @register("selfheal")
 def check_surroundings(**kwargs: Any) -> list[CheckMessage]:
-    """The apps and the database that this one stands on, and another package of its name that it hides.
+    """The apps, the time and the database that this one stands on, and another package of its name that it hides.
 
     One that hides this one cannot be told of here: then nothing of this is imported.
     """
@@ -76,6 +78,14 @@ def check_surroundings(**kwargs: Any) -> list[CheckMessage]:
         for name in ("django_rq", "waffle")
         if not apps.is_installed(name)
     ]
+    if not settings.USE_TZ:
+        found.append(
+            Error(
+                "USE_TZ is False: by the clocks of a time zone, an hour comes twice each year, and leases go by time.",
+                hint="Set USE_TZ = True. What that changes for the rest of the project, Django's documentation says.",
+                id="selfheal.E013",
+            )
+        )
     claims = connections[router.db_for_write(apps.get_model("selfheal", "Claim"))]
     if claims.vendor not in ("postgresql", "sqlite"):
         found.append(
@@ -115,16 +125,30 @@ def check_sweeps(**kwargs: Any) -> list[CheckMessage]:
 
 @register("selfheal")
 def check_timeouts(**kwargs: Any) -> list[CheckMessage]:
-    """Long work in a queue that was set up for shorter work."""
+    """Time limits of queues that are none, and long work in a queue that was set up for shorter work."""
     found: list[CheckMessage] = []
+    longest: dict[str, int] = {}
+    for name, config in getattr(settings, "RQ_QUEUES", {}).items():
+        given = config.get("DEFAULT_TIMEOUT") if isinstance(config, dict) else None
+        try:
+            longest[name] = 0 if given is None else queues.default_timeout(name)
+        except (TimeoutFormatError, TypeError, ValueError, OverflowError, AssertionError):
+            longest[name] = -1
+        if longest[name] < 0:
+            found.append(
+                Error(
+                    f"The DEFAULT_TIMEOUT of the queue {name!r} is {given!r}, and work without an end is never ended.",
+                    hint='Give it in seconds, or as in "2h", and a job that takes longer its own timeout=.',
+                    id="selfheal.E012",
+                )
+            )
     for each in registry.declared():
-        config = getattr(settings, "RQ_QUEUES", {}).get(each.queue) if isinstance(each.queue, str) else None
-        longest = config.get("DEFAULT_TIMEOUT") if isinstance(config, dict) else None
-        if longest and isinstance(each.timeout, timedelta) and each.timeout.total_seconds() > int(longest):
+        most = longest.get(each.queue, 0) if isinstance(each.queue, str) else 0
+        if most > 0 and isinstance(each.timeout, timedelta) and each.timeout.total_seconds() > most:
             found.append(
                 Warn(
                     f"{each.origin}: its timeout, {each.timeout}, is longer than the DEFAULT_TIMEOUT of the queue "
-                    f"{each.queue!r}, {longest} seconds; what is queued behind it may wait that long.",
+                    f"{each.queue!r}, {most} seconds; what is queued behind it may wait that long.",
                     hint="Pass another queue=, with workers of its own, or raise DEFAULT_TIMEOUT in RQ_QUEUES.",
                     obj=each,
                     id="selfheal.W012",

@@ -34,7 +34,8 @@ from django.db.models.sql import InsertQuery
 from jobs import clock
 from jobs.conf import conf
 from jobs.exceptions import LeaseLost, NoLongerNeeded
-from jobs.message import label, pk_text, pk_value
+from jobs.fingerprint import fingerprint
+from jobs.message import label, pk_of, pk_text, pk_value
 
 if TYPE_CHECKING:
     from jobs.job import Declared
@@ -86,6 +87,7 @@ class Attempt:
     worker: str = ""
     taken_at: float = 0.0
     started_at: datetime | None = None
+    first_claimed_at: datetime | None = None
 
     @property
     def work(self) -> str:
@@ -98,12 +100,19 @@ class Attempt:
         return key if len(key) <= 200 else f"{self.model[:100]}:#{hashlib.sha256(key.encode()).hexdigest()}"
 
     def is_on(self, row: Model) -> bool:
-        return label(type(row)) == self.model and pk_text(row.pk) == self.pk
+        return label(type(row)) == self.model and pk_of(row) == self.pk
 
 
 def holder(worker: str, pid: int | None = None) -> str:
     """Return how claims and runs name a process: its worker, host and pid."""
     return f"{worker}@{socket.gethostname()}:{pid or os.getpid()}"[-250:]
+
+
+def split_holder(holder: str) -> tuple[str, str, int | None]:
+    """Undo `holder`: return its worker, host and pid."""
+    worker, _, process = holder.rpartition("@")
+    host, _, pid = process.rpartition(":")
+    return worker, host, int(pid) if pid.isdigit() else None
 
 
 _current: ContextVar[Attempt | None] = ContextVar("selfheal_attempt", default=None)
@@ -170,11 +179,12 @@ def _insert(**values: Any) -> Claim | None:
         return None
     if not isinstance(claim.leased_at, datetime):
         [claim.leased_at] = inserted
+    claim.first_claimed_at = claim.leased_at
     return claim
 
 
 def _begin(attempt: Attempt, claim: Claim) -> Claim:
-    attempt.started_at = claim.leased_at
+    attempt.pk, attempt.started_at, attempt.first_claimed_at = claim.object_pk, claim.leased_at, claim.first_claimed_at
     return claim
 
 
@@ -284,6 +294,7 @@ def _set_back(
     elif give_up and not attempt.declared.quarantines:
         _end(attempt)
         attempt.declared.finish(outcome, {})
+        logger.error("%s is given up until it comes due again: %s", attempt.work, error)
     elif not _give_back(attempt, last_error=error, quarantined_at=clock.now() if give_up else None, **counted):
         raise LeaseLost(attempt.work)
     elif give_up:
@@ -302,6 +313,12 @@ def interrupt(attempt: Attempt, pid: int, evidence: str) -> None:
             _begin(attempt, claim)
             _give_back(attempt)
             _record(attempt, "interrupted", error=f"{evidence} Its worker had been told to stop.", pid=pid)
+
+
+def set_aside(job: str, model: str, pk: str, reason: str) -> bool:
+    """Quarantine a row on which there is no claim. Returns whether there was none."""
+    identity = {"job": job, "model": model, "object_pk": pk}
+    return _insert(**identity, quarantined_at=clock.now(), last_error=reason) is not None
 
 
 def release(attempt: Attempt) -> None:
@@ -403,6 +420,7 @@ def _record(attempt: Attempt, outcome: str, error: str = "", traceback: str = ""
         error=error,
         traceback=traceback,
         holder=holder(attempt.worker, pid),
+        first_claimed_at=attempt.first_claimed_at,
         started_at=attempt.started_at,
     )
 
@@ -415,16 +433,22 @@ def _record_of(claim: Claim, outcome: str, error: str) -> None:
         outcome=outcome,
         error=error,
         holder=claim.holder,
+        first_claimed_at=claim.first_claimed_at,
         started_at=claim.leased_at,
     )
 
 
-def write_run(*, holder: str, **values: Any) -> None:
+def write_run(*, holder: str, error: str = "", **values: Any) -> None:
     """Append one ended attempt to the history."""
-    worker, _, process = holder.rpartition("@")
-    host, _, pid = process.rpartition(":")
+    worker, host, pid = split_holder(holder)
     apps.get_model("selfheal", "Run").objects.create(
-        worker=worker[:100], host=host[:100], pid=int(pid) if pid.isdigit() else None, finished_at=clock.now(), **values
+        worker=worker[:100],
+        host=host[:100],
+        pid=pid,
+        error=error,
+        fingerprint=fingerprint(error),
+        finished_at=clock.now(),
+        **values,
     )
 
 
@@ -488,7 +512,7 @@ def with_lock(row: Model) -> Iterator[Model]:
                 raise NoLongerNeeded(attempt.work) from None
         else:
             _lock(row, using)
-            row.refresh_from_db(using=using)
+            row.refresh_from_db(from_queryset=QuerySet(type(row), using=using))
         yield row
 
 
@@ -512,7 +536,8 @@ def _lock(row: Model, using: str) -> None:
         with connection.cursor() as cursor:
             cursor.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")
         return
-    locked = type(row)._base_manager.using(using).select_for_update(of=("self", *_parent_links(type(row))))
+    # No manager, not even the base one, may hide it.
+    locked: QuerySet[Any] = QuerySet(type(row), using=using).select_for_update(of=("self", *_parent_links(type(row))))
     locked.get(pk=row.pk)
 
 

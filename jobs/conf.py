@@ -74,6 +74,15 @@ class Conf:
 conf = Conf()
 
 
+def redacted(error: Exception) -> str:
+    """Return what an error says, on one line and without its secrets; no more than its type when `REDACT` fails."""
+    try:
+        return " ".join(str(conf.REDACT(f"{type(error).__name__}: {error}")).split())
+    except Exception:
+        # Better to know less than to show what was to be hidden.
+        return type(error).__name__
+
+
 def problems() -> Iterator[str]:
     """Yield a sentence for each setting that cannot work."""
     given = getattr(settings, "JOBS", {})

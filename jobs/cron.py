@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from croniter import croniter
 from croniter.croniter import CroniterError
 from django.utils import timezone
+from django.utils.translation import gettext as _
 
 # No zone puts its clocks forward by more than this.
 LONGEST_CHANGE = timedelta(hours=2)
@@ -14,11 +15,13 @@ def problem(expression: str) -> str | None:
     """Return why the expression cannot be used, in a sentence, or None."""
     fields = len(expression.split()) if isinstance(expression, str) else 0
     if fields not in (5, 6):
-        return f"{expression!r} is no cron expression: give five fields, or six with seconds last."
+        text = _("%(expression)r is no cron expression: give five fields, or six with seconds last.")
+        return text % {"expression": expression}
     try:
-        next_time(expression, timezone.now())
+        next_time(expression, datetime.now(UTC))
     except (CroniterError, ValueError, KeyError, TypeError) as error:
-        return f"{expression!r} is no cron expression that ever comes due: {error}"
+        text = _("%(expression)r is no cron expression that ever comes due: %(error)s")
+        return text % {"expression": expression, "error": error}
     return None
 
 
@@ -29,8 +32,6 @@ def next_time(expression: str, after: datetime) -> datetime:
     the hour that comes twice, the first time; in the one that is left out, as much later as the clocks went forward.
     One whose hours begin with `*` goes by the time that passes.
     """
-    if timezone.is_naive(after):
-        return _next(expression, after)
     zone = timezone.get_default_timezone()
     local = timezone.localtime(after, zone)
     if expression.split()[1].startswith("*"):

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from django.apps import apps
 from django.db import connections, transaction
-from django.db.models import Q
+from django.db.models import Q, QuerySet
 from redis import Redis
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from jobs import clock, queues, registry, switches
-from jobs.backoff import spread
 from jobs.conf import conf
 from jobs.exceptions import QueueUnavailable
 from jobs.message import Message, label, row_id, row_ids
@@ -62,43 +63,68 @@ end
 return 1
 """
 
-# A call whose id gets lost must not leave its arguments for ever. In seconds.
-KEEP_CALLS = str(30 * 24 * 3600)
+# A call that nobody takes must not leave its arguments for ever. In seconds, from when it is due or was last started.
+KEEP_CALLS = 30 * 24 * 3600
 
-# A plain call, all of it or nothing: uniqueness, its arguments, its id.
+# So long after a plain call was due it is looked for: a worker that has taken it has started it by then. In seconds.
+LOST_AFTER = 60
+# At most this many per tick, and in no list that is longer: to read that would hold up Redis.
+LOOKED_FOR = 10_000
+
+# A plain call, all of it or nothing: uniqueness, its id, its arguments. What a key of another type could make fail is
+# first, since Redis takes nothing back.
 CALL = """
-local list, delayed, names, hash, unique = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local id, score, unique_for = ARGV[1], ARGV[2], tonumber(ARGV[3])
-if unique_for > 0 and not redis.call('SET', unique, id, 'NX', 'PX', unique_for) then return 0 end
-redis.call('HSET', hash, unpack(ARGV, 4))
-redis.call('EXPIRE', hash, KEEP_CALLS)
+local list, delayed, names, calls, hash, unique = unpack(KEYS)
+local id, score, unique_for, lost_at, keep = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
+if unique_for > 0 and redis.call('EXISTS', unique) == 1 then return 0 end
+redis.call('ZADD', calls, lost_at, id)
 if score ~= '' then
     redis.call('ZADD', delayed, score, id)
 else
     redis.call('SADD', names, list)
     redis.call('RPUSH', list, id)
 end
+redis.call('HSET', hash, unpack(ARGV, 6))
+redis.call('EXPIRE', hash, keep)
+if unique_for > 0 then redis.call('SET', unique, id, 'PX', unique_for) end
 return 1
-""".replace("KEEP_CALLS", KEEP_CALLS)
+"""
 
 # A plain call starts. It goes into the delayed set for when its process must be gone, so that a worker killed with
-# its child costs a delay and not the call. Returns the number of the attempt; 0 when the call has already ended.
+# its child costs a delay and not the call. Returns the number of the attempt; 0 when the call has already ended, or
+# this is a copy of one that is in work or waits for its next attempt.
 START = """
-local delayed, hash, unique = KEYS[1], KEYS[2], KEYS[3]
-local id, again_at, release = ARGV[1], ARGV[2], ARGV[3]
-if redis.call('EXISTS', hash) == 0 then return 0 end
+local delayed, calls, hash, unique = unpack(KEYS)
+local id, again_at, keep, release = unpack(ARGV)
+if redis.call('EXISTS', hash) == 0 or redis.call('ZSCORE', delayed, id) then return 0 end
 redis.call('ZADD', delayed, again_at, id)
-redis.call('EXPIRE', hash, KEEP_CALLS)
+redis.call('ZADD', calls, again_at, id)
+redis.call('EXPIRE', hash, keep)
 if release == '1' and redis.call('GET', unique) == id then redis.call('DEL', unique) end
 return redis.call('HINCRBY', hash, 'attempt', 1)
-""".replace("KEEP_CALLS", KEEP_CALLS)
+"""
 
 # A plain call ends for good.
 END = """
-local delayed, hash, unique = KEYS[1], KEYS[2], KEYS[3]
-redis.call('ZREM', delayed, ARGV[1])
+local delayed, calls, hash, unique = unpack(KEYS)
 redis.call('DEL', hash)
 if redis.call('GET', unique) == ARGV[1] then redis.call('DEL', unique) end
+redis.call('ZREM', delayed, ARGV[1])
+redis.call('ZREM', calls, ARGV[1])
+"""
+
+# A plain call that was not found in its list goes to the end of it, unless it has ended, waits in the delayed set, or
+# somebody else has looked meanwhile. With no list named, nobody here knows its job: it is kept for somebody who does.
+FIND_LOST = """
+local list, delayed, names, calls, hash = unpack(KEYS)
+local id, now, look_again_at = unpack(ARGV)
+if redis.call('EXISTS', hash) == 0 then redis.call('ZREM', calls, id) return 0 end
+if tonumber(redis.call('ZSCORE', calls, id) or 'inf') > tonumber(now) then return 0 end
+redis.call('ZADD', calls, look_again_at, id)
+if list == '' or redis.call('ZSCORE', delayed, id) then return 0 end
+redis.call('SADD', names, list)
+redis.call('RPUSH', list, id)
+return 1
 """
 
 # What is due moves from the delayed set to the lists of its jobs' queues. What names no declared job is removed; what
@@ -128,11 +154,12 @@ def row(job: Job, subject: Any, wait: timedelta | None = None) -> None:
     pk, using = job.identify(subject)
     if _waiting(job, [pk]) or switches.disabled([job.name]):
         return
+    room = job.limit
 
     def push() -> None:
         with _Hint(job.name, queue := queues.get(job.queue)) as hint:
             if hint.worthwhile:
-                push_id(queue, row_id(job.name, pk), room=job.limit, wait=wait)
+                push_id(queue, row_id(job.name, pk), room=room, wait=wait)
 
     transaction.on_commit(push, using=using)
 
@@ -145,10 +172,10 @@ def rows(job: Job, subjects: Any) -> None:
     pks, using = job.identify_many(subjects)
     if switches.disabled([job.name]):
         return
-    limit = job.sweep.effective_limit() if job.sweep else 0
+    limit = job.limit
     pks = itertools.islice(_not_waiting(job, pks), limit)
-    if connections[using].in_atomic_block:
-        # Which rows were meant is decided now; whether they exist, by the commit.
+    if connections[using].in_atomic_block or not isinstance(subjects, QuerySet):
+        # Which rows were meant is decided now, and whether they can be; whether they exist, by the commit.
         pks = iter(list(pks))
 
     def push() -> None:
@@ -180,19 +207,17 @@ def calls(job: Job, arguments: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
     if job.is_scheduled and switches.disabled([job.name]):
         return
     unique_for = int(job.unique_for.total_seconds() * 1000) if job.unique_for else 0
+    waits = int(wait.total_seconds()) if wait else 0
 
     def push() -> None:
-        script = queue.connection.register_script(CALL)
+        options = [_score(wait), unique_for, clock.timestamp() + waits + LOST_AFTER, KEEP_CALLS + waits]
         try:
             for batch in batches(messages, BATCH):
                 with queue.connection.pipeline(transaction=False) as pipeline:
                     for message in batch:
                         fields = [part for pair in message.to_dict().items() for part in pair]
-                        script(
-                            keys=[queue.key, queues.DELAYED_KEY, queue.redis_queues_keys, *_call_keys(message)],
-                            args=[message.id, _score(wait), unique_for, *fields],
-                            client=pipeline,
-                        )
+                        keys = [queue.key, queues.DELAYED_KEY, queue.redis_queues_keys, *_call_keys(message)]
+                        run_script(pipeline, CALL, keys, [message.id, *options, *fields])
                     pipeline.execute()
         except RedisError as error:
             raise QueueUnavailable(job.name, error) from error
@@ -201,22 +226,19 @@ def calls(job: Job, arguments: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
 
 
 def start_call(message: Message, connection: Redis, gone_after: float) -> int:
-    """Begin an attempt at a plain call and return its number; 0 when the call has ended and must not run again.
+    """Begin an attempt at a plain call and return its number; 0 when this is a late copy, which must not run.
 
     `gone_after` seconds from now its process is certainly gone: then the call is delivered again, unless it ended.
     """
     release = cast("Job", message.declared).unique_until == "start"
-    return int(
-        connection.register_script(START)(
-            keys=[queues.DELAYED_KEY, *_call_keys(message)],
-            args=[message.id, clock.timestamp() + gone_after, int(release)],
-        )
-    )
+    keys = [queues.DELAYED_KEY, *_call_keys(message)]
+    arguments = [message.id, clock.timestamp() + gone_after, KEEP_CALLS, int(release)]
+    return int(run_script(connection, START, keys, arguments))
 
 
 def end_call(message: Message, connection: Redis) -> None:
     """Forget a plain call that succeeded, or has failed for the last time."""
-    connection.register_script(END)(keys=[queues.DELAYED_KEY, *_call_keys(message)], args=[message.id])
+    run_script(connection, END, [queues.DELAYED_KEY, *_call_keys(message)], [message.id])
 
 
 def retry_call(message: Message, connection: Redis, wait: timedelta) -> None:
@@ -227,7 +249,7 @@ def retry_call(message: Message, connection: Redis, wait: timedelta) -> None:
 def push_id(queue: queues.Queue, id: str, *, room: int = 2**31, wait: timedelta | None = None) -> bool:
     """Push one id unless it is queued or `room` of its job are already. Returns whether it was pushed."""
     keys = [queue.key, queues.DELAYED_KEY, queue.redis_queues_keys]
-    return bool(queue.connection.register_script(PUSH)(keys=keys, args=[id, room, _score(wait)]))
+    return bool(run_script(queue.connection, PUSH, keys, [id, room, _score(wait)]))
 
 
 def push_ids(queue: queues.Queue, ids: list[bytes], spread_over: timedelta | None = None) -> None:
@@ -235,9 +257,8 @@ def push_ids(queue: queues.Queue, ids: list[bytes], spread_over: timedelta | Non
     if not ids:
         return
     if spread_over:
-        queue.connection.zadd(
-            queues.DELAYED_KEY, {id: _score(spread(spread_over, timedelta(0))) for id in ids}, nx=True
-        )
+        now, longest = clock.timestamp(), spread_over.total_seconds()
+        queue.connection.zadd(queues.DELAYED_KEY, {id: now + random.uniform(0, longest) for id in ids}, nx=True)
         return
     with queue.connection.pipeline(transaction=False) as pipeline:
         pipeline.sadd(queue.redis_queues_keys, queue.key)
@@ -255,23 +276,56 @@ def queued_ids(queue: queues.Queue, name: str) -> set[bytes]:
     return {id for part in snapshot for id in part if id.startswith(prefix)}
 
 
-def move_due() -> int:
-    """Move what is due from the delayed set of each Redis into its queue, 1,000 at a time. Returns how many."""
+def move_due(connection: Redis) -> int:
+    """Move what is due from the delayed set into its queue, 1,000 at a time. Returns how many."""
     moved = 0
     destinations = [part for each in registry.declared() for part in (each.name, queues.get(each.queue).key)]
-    for connection in queues.connections():
-        script = connection.register_script(MOVE_DUE)
-        while True:
-            moved_now, refused = script(
-                keys=[queues.DELAYED_KEY, queues.Queue.redis_queues_keys],
-                args=[clock.timestamp(), BATCH, *destinations],
-            )
-            for id in refused:
-                logger.warning("Refused %.200r from the delayed set: no job of that name is declared.", id)
-            moved += moved_now
-            if moved_now + len(refused) < BATCH:
-                break
-    return moved
+    while True:
+        keys = [queues.DELAYED_KEY, queues.Queue.redis_queues_keys]
+        moved_now, refused = run_script(connection, MOVE_DUE, keys, [clock.timestamp(), BATCH, *destinations])
+        for id in refused:
+            logger.warning("Refused %.200r from the delayed set: no job of that name is declared.", id)
+        moved += int(moved_now)
+        if moved_now + len(refused) < BATCH:
+            return moved
+
+
+def find_lost_calls(connection: Redis) -> int:
+    """Queue again each plain call that is in no queue and not in work, though it has not ended. Returns how many.
+
+    Whoever took it died before it was started; or its list was lost, and the call was not. While more than 10,000 wait
+    in its list, it is not looked for.
+    """
+    now, hashes = clock.timestamp(), Message.redis_job_namespace_prefix.encode()
+    lists = {each.name.encode(): queues.get(each.queue).key for each in registry.declared() if each.takes_calls}
+    due: defaultdict[str, set[bytes]] = defaultdict(set)
+    for id in cast("list[bytes]", connection.zrangebyscore(queues.CALLS_KEY, "-inf", now, 0, LOOKED_FOR)):
+        due[lists.get(id.partition(b"-")[0], "")].add(id)
+    found = 0
+    for key, ids in due.items():
+        waiting = cast("list[bytes]", connection.lrange(key, 0, LOOKED_FOR)) if key else []
+        missing = ids.difference(waiting) if len(waiting) <= LOOKED_FOR else set()
+        in_place = dict.fromkeys(ids - missing, now + LOST_AFTER)
+        keys = [key, queues.DELAYED_KEY, queues.Queue.redis_queues_keys, queues.CALLS_KEY]
+        with connection.pipeline(transaction=False) as pipeline:
+            for id in itertools.islice(missing, BATCH):
+                run_script(pipeline, FIND_LOST, [*keys, hashes + id], [id, now, now + LOST_AFTER])
+            found += sum(pipeline.execute())
+        if in_place:
+            # Not those that have ended meanwhile.
+            connection.zadd(queues.CALLS_KEY, in_place, xx=True)
+    if found:
+        logger.warning("Queued %d plain calls again: they had not ended, and were in no queue and not in work.", found)
+    return found
+
+
+def run_script(connection: Redis, script: str, keys: list[Any], arguments: list[Any]) -> Any:
+    """Execute a script in Redis, in one round trip.
+
+    By its text: one that is called by its hash costs two more on each Redis that does not know it yet, and in a
+    pipeline one more always. A Redis that is far away, or slow, holds up a web request for each of them.
+    """
+    return connection.eval(script, len(keys), *keys, *arguments)
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -295,9 +349,9 @@ def _waiting(job: Job, pks: list[str]) -> set[str]:
     return set(waiting.values_list("object_pk", flat=True))
 
 
-def _call_keys(message: Message) -> tuple[str, str]:
+def _call_keys(message: Message) -> tuple[str, ...]:
     job = cast("Job", message.declared)
-    return message.key, f"selfheal:unique:{job.name}:{job.digest(message.args, message.kwargs)}"
+    return queues.CALLS_KEY, message.key, f"selfheal:unique:{job.name}:{job.digest(message.args, message.kwargs)}"
 
 
 def _score(wait: timedelta | None) -> float | str:

@@ -21,7 +21,8 @@ from django.db.models import F, IntegerField, Model, QuerySet
 from jobs import clock, enqueue, queues, registry
 from jobs import cron as cron_expressions
 from jobs.backoff import Backoff, spread
-from jobs.message import check_pk, pk_text, pk_value
+from jobs.exceptions import NoLongerNeeded
+from jobs.message import check_pk, pk_of, pk_text, pk_value
 
 if TYPE_CHECKING:
     from jobs.sweep import Sweep
@@ -85,6 +86,11 @@ class Declared:
         return {self.name}
 
     @property
+    def has_switch(self) -> bool:
+        """Whether it can be paused. A plain job that nothing but a call starts cannot."""
+        return self.is_scheduled or self.is_swept
+
+    @property
     def is_scheduled(self) -> bool:
         return self.cron is not None
 
@@ -112,9 +118,11 @@ class Declared:
 
     def finish(self, outcome: str, kept: dict[str, Any]) -> None:
         """Write on the schedule that a run has ended: all that were owed when it began, or now if that is not kept."""
-        settled = {"settled_runs": F("settled_runs") + 1 if self.missed == "all" else F("due_runs"), **kept}
+        changes = {"settled_runs": F("settled_runs") + 1 if self.missed == "all" else F("due_runs"), **kept}
+        if outcome == "done":
+            changes["last_succeeded_at"] = clock.now()
         apps.get_model("selfheal", "Schedule").objects.filter(pk=self.name).update(
-            last_finished_at=clock.now(), last_outcome=outcome, **settled
+            last_finished_at=clock.now(), last_outcome=outcome, **changes
         )
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -185,9 +193,9 @@ class Job(Declared):
 
     @property
     def limit(self) -> int:
-        """How many of this job's ids are queued at once, about."""
+        """How many of this job's ids are queued at once, about: as its sweep says, or an operator."""
         assert self.sweep is not None
-        return self.sweep.limit
+        return self.sweep.effective_limit()
 
     def enqueue(self, *args: Any, **kwargs: Any) -> None:
         """Queue the work on a row (given itself, or its primary key), or a call with JSON arguments, at commit.
@@ -260,14 +268,14 @@ class Job(Declared):
         if type(subject) is int and isinstance(model._meta.pk, IntegerField):
             # The usual key needs no interpretation, and there may be a million of them.
             return check_pk(str(subject))
-        if isinstance(subject, KEYS) and not isinstance(subject, bool):
-            return check_pk(pk_text(pk_value(model, pk_text(subject))))
         if isinstance(subject, Model):
             if not isinstance(subject, model._meta.concrete_model or model):
                 raise TypeError(f"{self.name} works on {model._meta.label}, not on {subject._meta.label}.")
             if subject.pk is None or subject._state.adding:
                 raise ValueError(f"{subject!r} is not saved yet: save it, then enqueue {self.name}.")
-            return check_pk(pk_text(subject.pk))
+            return check_pk(pk_of(subject))
+        if isinstance(subject, KEYS) and not isinstance(subject, bool):
+            return check_pk(pk_text(pk_value(model, pk_text(subject))))
         if subject is None or isinstance(subject, bool):
             raise ValueError(f"{subject!r} is no primary key; pass a saved row to {self.name}, or its primary key.")
         # A text key would take anything, by its str().
@@ -289,7 +297,9 @@ class Job(Declared):
             _must_have_run(self.function(row), self)
             return {}
         kept: dict[str, Any] = row.start()
-        _must_have_run(self.function(), self)
+        # For a job without rows, that nothing is to be done is a good end.
+        with contextlib.suppress(NoLongerNeeded):
+            _must_have_run(self.function(), self)
         # One of them by one, or all that had come due before this one began.
         return {} if self.missed == "all" else kept
 

@@ -66,8 +66,13 @@ def decode(text: str) -> str:
 
 def label(model: type[Model]) -> str:
     """Return the name under which the rows of a model are claimed: proxies and children are rows of their root."""
+    return _root(model)._meta.label_lower
+
+
+def _root(model: type[Model]) -> type[Model]:
     concrete = model._meta.concrete_model or model
-    return ([concrete, *concrete._meta.get_parent_list()][-1])._meta.label_lower
+    root: type[Model] = [concrete, *concrete._meta.get_parent_list()][-1]
+    return root
 
 
 def pk_text(pk: Any) -> str:
@@ -75,6 +80,18 @@ def pk_text(pk: Any) -> str:
     if isinstance(pk, (tuple, list)):
         return json.dumps([str(part) for part in pk], ensure_ascii=False)
     return str(pk)
+
+
+def pk_of(row: Model) -> str:
+    """Return a row's primary key as text, as one that was read has it: a UUID that was set without dashes has them.
+
+    Of a row that is spread over several tables, that of its root: the name by which it is claimed.
+    """
+    root = _root(type(row))
+    is_link = getattr(type(row)._meta.pk.remote_field, "parent_link", False)
+    # What the link to a parent says is there also where the parent's own column was not loaded.
+    pk = row.pk if is_link else getattr(row, root._meta.pk.attname)
+    return pk_text(pk_value(root, pk_text(pk)))
 
 
 def pk_value(model: type[Model], text: str) -> Any:
@@ -87,10 +104,12 @@ def pk_value(model: type[Model], text: str) -> Any:
 
 
 def check_pk(text: str) -> str:
-    """Return the text; raise `ValueError` for one that is too long to be indexed."""
+    """Return the text; raise `ValueError` for one that is too long to be indexed, or that no database stores."""
     # No letter takes more than four bytes.
     if len(text) * 4 > MAX_PK_BYTES and len(text.encode()) > MAX_PK_BYTES:
         raise ValueError(f"A primary key of more than {MAX_PK_BYTES:,} bytes cannot be claimed: {text[:50]}…")
+    if "\0" in text:
+        raise ValueError(f"A primary key with a NUL in it cannot be claimed: {text[:50]!r}")
     return text
 
 
@@ -121,7 +140,11 @@ class Message(Job):
     @classmethod
     def call(cls, declared: Any, args: tuple[Any, ...], kwargs: dict[str, Any], connection: Redis) -> Message:
         """Make the message of a plain call. Raises `TypeError` for arguments that are not JSON."""
-        if problem := _not_json([list(args), kwargs]):
+        try:
+            problem = _not_json([list(args), kwargs])
+        except RecursionError:
+            problem = "arguments that contain themselves, or are nested too deeply"
+        if problem:
             raise TypeError(
                 f"{declared.name} cannot be queued with {problem}: pass JSON values, such as a primary key."
             )

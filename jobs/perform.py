@@ -8,7 +8,9 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from django.db import InterfaceError, OperationalError, connections
@@ -20,7 +22,7 @@ from jobs.claims import Attempt
 from jobs.conf import conf
 from jobs.exceptions import LeaseLost, NoLongerNeeded
 from jobs.job import Declared, Job
-from jobs.message import Message, label, pk_value
+from jobs.message import Message, label, pk_of, pk_value
 
 if TYPE_CHECKING:
     from jobs.models import Claim
@@ -32,6 +34,13 @@ Outcome = Literal["done", "failed", "not_needed", "busy", "waiting", "quarantine
 # What of an error is kept. It may be anything, and is written to the database at every attempt.
 LONGEST_ERROR = 10_000
 LONGEST_TRACE = 100_000
+
+
+@dataclass
+class _OtherwiseWritten:
+    """The database writes the row's primary key otherwise: 1.00 for 1, or abc where the letters' case means nothing."""
+
+    pk: str
 
 
 Guard = Callable[[Declared, Attempt | None], AbstractContextManager[Any]]
@@ -61,7 +70,13 @@ def perform(attempt: Attempt, guard: Guard = unguarded) -> Outcome:
     if isinstance(claim, str):
         return claim
     try:
-        return _work(attempt, claim, guard)
+        outcome = _work(attempt, claim, guard)
+        if isinstance(outcome, _OtherwiseWritten):
+            # Two spellings of its key must not be two leases on one row.
+            _write_down(partial(claims.drop, attempt, claim))
+            attempt.pk = outcome.pk
+            return perform(attempt, guard)
+        return outcome
     except LeaseLost as lost:
         reason = str(lost)
         logger.warning(reason)
@@ -69,25 +84,31 @@ def perform(attempt: Attempt, guard: Guard = unguarded) -> Outcome:
         return "busy"
 
 
-def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome:
+def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome | _OtherwiseWritten:
     """Work on the claimed row, and write down how that ended. Raises `LeaseLost` when it is not ours any more."""
     declared = attempt.declared
+    outcome: Outcome
+    end: Callable[[], None]
     try:
         with claims.current(attempt), guard(declared, attempt):
             row = _read(declared.rows(), attempt.pk)
+            if (pk := pk_of(row)) != attempt.pk:
+                return _OtherwiseWritten(pk)
             kept = declared.work(row)
-    except NoLongerNeeded:
-        _write_down(lambda: claims.drop(attempt, claim))
-        return "not_needed"
+    except NoLongerNeeded as over:
+        _let_go(over)
+        outcome, end = "not_needed", partial(claims.drop, attempt, claim)
     except LeaseLost:
         raise
     except BaseException as error:
         _raise_if_asked_to_stop(error)
-        sentence, trace = _describe(error, attempt.work)
-        _write_down(lambda: claims.fail(attempt, sentence, trace, needed=_is_needed(attempt)))
-        return "failed"
-    _write_down(lambda: claims.settle(attempt, kept))
-    return "done"
+        described = _describe(error, attempt.work)
+        _let_go(error)
+        outcome, end = "failed", lambda: claims.fail(attempt, *described, needed=_is_needed(attempt))
+    else:
+        outcome, end = "done", partial(claims.settle, attempt, kept)
+    _write_down(end)
+    return outcome
 
 
 def perform_call(message: Message, connection: Redis, gone_after: float, guard: Guard = unguarded) -> Outcome:
@@ -158,6 +179,14 @@ def _write_down(statement: Callable[[], None]) -> None:
             logger.warning("The end of an attempt could not be written down, trying again", exc_info=True)
             connections.close_all()
             time.sleep(0.5)
+
+
+def _let_go(error: BaseException) -> None:
+    """Drop what the job still holds by its error: behind a query that it has read half of, SQLite would not write."""
+    errors = [error]
+    for each in errors:
+        traceback.clear_frames(each.__traceback__)
+        errors += [other for other in (each.__cause__, each.__context__) if other is not None and other not in errors]
 
 
 def _raise_if_asked_to_stop(error: BaseException) -> None:

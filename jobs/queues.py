@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Any
 
 from django.conf import settings
@@ -18,8 +19,10 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from rq import worker_registration
 from rq.exceptions import NoSuchJobError
+from rq.utils import parse_timeout
 from rq_scheduler.scheduler import Scheduler as RQScheduler
 
+from jobs import registry
 from jobs.conf import conf
 from jobs.exceptions import Misconfigured
 from jobs.message import Message
@@ -28,6 +31,9 @@ logger = logging.getLogger("selfheal")
 
 # rq-scheduler's sorted set. Here it holds what waits for its time: spread-out work and retries of plain jobs.
 DELAYED_KEY: str = RQScheduler.scheduled_jobs_key
+# Each plain call that has not ended, with the time from which it is looked for. The list says in which order they come,
+# and forgets one as soon as a worker has taken it.
+CALLS_KEY = "selfheal:calls"
 
 
 class Queue(DjangoRQ):
@@ -60,6 +66,9 @@ class Queue(DjangoRQ):
                 return Message.fetch(raw, connection=connection), by_key[key]
             except (NoSuchJobError, ValueError) as refusal:
                 logger.warning("Refused %.200r from queue %s: %.400s", raw, by_key[key].name, refusal)
+                # Another version of the project may know its job; what nobody can read is not looked for again.
+                if registry.get(raw.partition("-")[0]) is not None:
+                    connection.zrem(CALLS_KEY, popped[1])
         return None
 
 
@@ -69,8 +78,12 @@ def names() -> list[str]:
 
 
 def default_timeout(name: str) -> int:
-    """Return after how many seconds a job in this queue is ended, unless it says otherwise itself."""
-    return int(getattr(settings, "RQ_QUEUES", {}).get(name, {}).get("DEFAULT_TIMEOUT") or Queue.DEFAULT_TIMEOUT)
+    """Return after how many seconds a job in this queue is ended, unless it says otherwise itself.
+
+    Raises rq's `TimeoutFormatError` for a `DEFAULT_TIMEOUT` that is none.
+    """
+    configured = getattr(settings, "RQ_QUEUES", {}).get(name, {}).get("DEFAULT_TIMEOUT")
+    return parse_timeout(configured) or Queue.DEFAULT_TIMEOUT
 
 
 def get(name: str) -> Queue:
@@ -91,27 +104,42 @@ def connections() -> list[Redis]:
     return list(distinct.values())
 
 
-def repair() -> None:
-    """Delete whatever stands where a list or a set of ours belongs, in every Redis that RQ_QUEUES names.
+def moment(stored: Any) -> datetime | None:
+    """Return the time that stands in Redis, in seconds since 1970 or in ISO 8601; None for anything else."""
+    text = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
+    try:
+        return datetime.fromtimestamp(float(text), UTC)
+    except (ValueError, OverflowError, OSError):
+        pass
+    try:
+        read = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return read if read.tzinfo else read.replace(tzinfo=UTC)
+
+
+def repair(connection: Redis) -> None:
+    """Delete whatever stands in a Redis where a list or a set of ours belongs.
 
     Until then nothing could be pushed or popped. Hints that such a key has displaced are lost anyway.
     """
-    for queue in map(get, names()):
+    for queue in (queue for queue in map(get, names()) if queue.connection is connection):
         kinds = {
             queue.key: "list",
             queue.redis_queues_keys: "set",
             DELAYED_KEY: "zset",
+            CALLS_KEY: "zset",
             worker_registration.REDIS_WORKER_KEYS: "set",
             worker_registration.WORKERS_BY_QUEUE_KEY % queue.name: "set",
         }
-        with queue.connection.pipeline(transaction=False) as pipeline:
+        with connection.pipeline(transaction=False) as pipeline:
             for key in kinds:
                 pipeline.type(key)
             found = [kind.decode() for kind in pipeline.execute()]
         for (key, kind), is_a in zip(kinds.items(), found, strict=True):
             if is_a not in (kind, "none"):
                 logger.error("%s in Redis was a %s, and must be a %s: it is deleted.", key, is_a, kind)
-                queue.connection.delete(key)
+                connection.delete(key)
 
 
 class _Config:

@@ -24,7 +24,7 @@ from redis import Redis
 from redis.exceptions import ResponseError
 from rq_scheduler.scheduler import Scheduler as RQScheduler
 
-from jobs import clock, cron, enqueue, queues, registry, switches
+from jobs import clock, cron, enqueue, pauses, queues, registry, switches
 from jobs.conf import conf
 from jobs.exceptions import Misconfigured
 from jobs.job import Declared, Job
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("selfheal")
 
-# There while somebody ticks. A hint like all that Redis holds: while it is lost, there are more ticks than needed.
+# There while somebody ticks, with the time of the last tick. A hint like all that Redis holds: while it is lost, there
+# are more ticks than needed.
 TICKED_KEY = "selfheal:ticked"
 # For how many TICKs a scheduler that has just ticked is believed to be at it.
 TICKS_MISSED = 3
@@ -43,7 +44,7 @@ TICKS_MISSED = 3
 # Whoever finds nobody at it is at it from now on, and the only one for a while.
 STAND_IN = """
 if redis.call('PTTL', KEYS[1]) >= 0 then return 0 end
-redis.call('SET', KEYS[1], '', 'PX', ARGV[1])
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[1])
 return 1
 """
 
@@ -87,8 +88,12 @@ def tick() -> list[str]:
     errors = _Errors()
     pushed: list[str] = []
     with errors.kept():
-        queues.repair()
-        enqueue.move_due()
+        for connection in queues.connections():
+            # One Redis that is away holds up no other.
+            with errors.kept():
+                queues.repair(connection)
+                enqueue.move_due(connection)
+                enqueue.find_lost_calls(connection)
     with errors.kept():
         _take_due(errors)
     with errors.kept():
@@ -101,8 +106,7 @@ def tick() -> list[str]:
 
 def stands_in(connection: Redis) -> bool:
     """Whether a worker is to tick now, since no scheduler runs, or it hangs. True for one of those who ask."""
-    script = connection.register_script(STAND_IN)
-    return bool(script(keys=[TICKED_KEY], args=[_milliseconds(conf.TICK)]))
+    return bool(enqueue.run_script(connection, STAND_IN, [TICKED_KEY], [_milliseconds(conf.TICK), clock.timestamp()]))
 
 
 def _milliseconds(duration: timedelta) -> int:
@@ -110,9 +114,15 @@ def _milliseconds(duration: timedelta) -> int:
 
 
 def _take_due(errors: _Errors) -> None:
-    """Take the schedules that are due. What is taken is owed from then on, whatever becomes of this process."""
+    """Take the schedules that are due, and end the pauses that are over.
+
+    What is taken is owed from then on, whatever becomes of this process.
+    """
     now = clock.read()
-    for schedule in _schedules():
+    schedules = _schedules()
+    with errors.kept():
+        pauses.end_due(schedules, now)
+    for schedule in schedules:
         declared = registry.get(schedule.name)
         if declared is not None and declared.cron is not None:
             with errors.kept():
@@ -230,9 +240,7 @@ def on_migrate(using: str, **kwargs: Any) -> None:
     tables = connections[using].introspection.table_names()
     if router.allow_migrate_model(using, Schedule) and Schedule._meta.db_table in tables:
         _schedules(using)
-    switches.create_missing(
-        (each.name for each in registry.declared() if each.is_scheduled or each.is_swept), using, tables
-    )
+    switches.create_missing((each.name for each in registry.declared() if each.has_switch), using, tables)
 
 
 class Scheduler(RQScheduler):
@@ -278,7 +286,7 @@ class Scheduler(RQScheduler):
         """Tick once, and have the workers know that it is done. One that could not is not believed to be at it."""
         tick()
         for connection in queues.connections():
-            connection.set(TICKED_KEY, "", px=_milliseconds(conf.TICK * TICKS_MISSED))
+            connection.set(TICKED_KEY, clock.timestamp(), px=_milliseconds(conf.TICK * TICKS_MISSED))
 
     def _install_signal_handlers(self) -> None:
         def stop(signum: int, frame: FrameType | None) -> None:

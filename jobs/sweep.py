@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
 from django.apps import apps
+from django.core.exceptions import EmptyResultSet
 from django.db import DatabaseError, router
-from django.db.models import Model, QuerySet
+from django.db.models import BinaryField, ForeignKey, Model, OneToOneRel, QuerySet
 from django.db.models.query import ModelIterable
+from django.db.models.sql.datastructures import Join
 from django.utils.functional import cached_property
 from redis.exceptions import RedisError
 
@@ -88,6 +91,11 @@ class Sweep(Declared):
                 f"{self.name} returned a queryset with distinct({', '.join(map(repr, query.distinct_fields))}), which "
                 "means another set of rows when it is asked about one of them. Filter with Exists() instead."
             )
+        if query.where.contains_over_clause:
+            raise Misconfigured(
+                f"{self.name} returned a queryset that is filtered by a window function, which sees other rows when it "
+                "is asked about one of them. Filter with Exists() or a Subquery() instead."
+            )
         if query.is_sliced or query.combinator:
             raise Misconfigured(
                 f"{self.name} returned a queryset that cannot be filtered any further, because it is a "
@@ -109,19 +117,20 @@ class Sweep(Declared):
         # A replica may not have heard of the row's last change, and the row is the truth.
         return found if found._db else found.using(router.db_for_write(found.model))  # type: ignore[attr-defined]
 
-    def sweep(self, dry_run: bool = False) -> SweepResult:
+    def sweep(self, dry_run: bool = False, *, on_batch: Callable[[SweepResult], None] | None = None) -> SweepResult:
         """Queue the job for every row that needs it and is not queued, leased, backing off or quarantined.
 
         Oldest first in the queryset's order, in batches, until about `limit` are queued; a round trip to Redis each.
         Unleased claims whose row needs nothing any more are settled. With `dry_run` it only counts. Switched off, it
-        does neither. Raises `QueueUnavailable` when Redis does not answer.
+        does neither. `on_batch` is told after each batch what was found so far. Raises `QueueUnavailable` when Redis
+        does not answer.
         """
         if not dry_run and switches.disabled(self.switches):
             return SweepResult()
         rows = self.queryset()
         unsettled = claims.count(rows.model)
         try:
-            result = self._feed(rows, unsettled, dry_run)
+            result = self._feed(rows, unsettled, dry_run, on_batch)
         except RedisError as error:
             raise QueueUnavailable(self.name, error) from error
         if unsettled and not dry_run:
@@ -129,7 +138,13 @@ class Sweep(Declared):
             claims.resolve(self.job.name, rows)
         return result
 
-    def _feed(self, rows: QuerySet[Any], unsettled: int, dry_run: bool) -> SweepResult:
+    def _feed(
+        self,
+        rows: QuerySet[Any],
+        unsettled: int,
+        dry_run: bool,
+        on_batch: Callable[[SweepResult], None] | None,
+    ) -> SweepResult:
         limit = self.effective_limit()
         queue = queues.get(self.job.queue)
         queued = enqueue.queued_ids(queue, self.job.name)
@@ -138,6 +153,7 @@ class Sweep(Declared):
         pks = _each_once(wanted, limit + unsettled, self.batch_size)
         room = limit - len(queued)
         enqueued = already_queued = waiting = 0
+        result = SweepResult()
         for batch in enqueue.batches(map(pk_text, pks), self.batch_size):
             held = claims.held(self.job.name, rows.model, batch) if unsettled else set()
             new: list[bytes] = []
@@ -153,9 +169,12 @@ class Sweep(Declared):
                 enqueue.push_ids(queue, new, self.jitter)
             room -= len(new)
             enqueued += len(new)
+            result = SweepResult(enqueued + already_queued + waiting, enqueued, already_queued, waiting)
+            if on_batch:
+                on_batch(result)
             if room <= 0 and already_queued + enqueued >= limit:
                 break
-        return SweepResult(enqueued + already_queued + waiting, enqueued, already_queued, waiting)
+        return result
 
     def effective_limit(self) -> int:
         """Return the operator's limit if there is one, else the code's."""
@@ -178,7 +197,7 @@ class Sweep(Declared):
         if self.jitter is not None and not _is_duration(self.jitter):
             yield "E004", f"jitter is {self.jitter!r}; pass a timedelta longer than zero."
         try:
-            self.queryset()
+            yield from _problems_of(self.queryset().model)
         except Misconfigured as error:
             yield "E009", str(error)
         except DatabaseError:
@@ -188,10 +207,30 @@ class Sweep(Declared):
             yield "E009", f"{self.name} raised {type(error).__name__}: {error}; it must return a queryset."
 
 
+def _problems_of(model: type[Model]) -> Iterator[tuple[str, str]]:
+    """Yield what keeps the rows of a model from being claimed one by one."""
+    if isinstance(model._meta.pk, BinaryField):
+        yield "E009", f"The primary key of {model._meta.label} is binary, and cannot be written in an id; use another."
+    for ancestor in (model, *model._meta.get_parent_list()):
+        links = {parent._meta.label: link for parent, link in ancestor._meta.parents.items() if link is not None}
+        tables = ", ".join(links)
+        if len(links) == 1 and not all(link.primary_key for link in links.values()):
+            sentence = (
+                "A row of {} is also a row of {}, under another primary key. Make the link to it the primary key."
+            )
+            yield "E009", sentence.format(ancestor._meta.label, tables)
+        if len(links) > 1:
+            sentence = (
+                "A row of {} is also a row of each of {}, and one lease cannot keep the jobs of all of them off. "
+                "Inherit from one model that has a table, and refer to the other."
+            )
+            yield "E009", sentence.format(ancestor._meta.label, tables)
+
+
 def _each_once(rows: QuerySet[Any], most: int, chunk_size: int) -> Iterator[Any]:
     """Yield the first primary keys of a queryset. A join may find a row many times; it counts, and comes, once."""
     pks = rows.values_list("pk", flat=True)
-    if len(rows.query.alias_map) <= 1:
+    if not _may_repeat(pks):
         yield from pks[:most].iterator(chunk_size=chunk_size)
         return
     seen: set[Any] = set()
@@ -201,6 +240,16 @@ def _each_once(rows: QuerySet[Any], most: int, chunk_size: int) -> Iterator[Any]
                 return
             seen.add(pk)
             yield pk
+
+
+def _may_repeat(rows: QuerySet[Any]) -> bool:
+    """Whether one of its joins is to many rows, so that no LIMIT says how many different rows are found."""
+    query = rows.query.clone()
+    # The joins by which it is ordered are made when its statement is.
+    with contextlib.suppress(EmptyResultSet):
+        query.get_compiler(rows.db).as_sql()
+    joins = [join for join in query.alias_map.values() if isinstance(join, Join)]
+    return bool(query.extra_tables) or not all(isinstance(join.join_field, (ForeignKey, OneToOneRel)) for join in joins)
 
 
 def sweep(

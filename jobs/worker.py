@@ -61,6 +61,17 @@ def _ending(status: int) -> str:
     return f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
 
 
+def _disconnect() -> None:
+    """Close every connection to a database, those in Django's pools too: one that two processes share breaks in both.
+
+    Or worse: what one of them has begun, the other commits.
+    """
+    connections.close_all()
+    for connection in connections.all(initialized_only=True):
+        if close_pool := getattr(connection, "close_pool", None):
+            close_pool()
+
+
 def _nothing() -> None:
     """Do nothing."""
 
@@ -217,8 +228,7 @@ class Worker(RQWorker):
         `on_stop` is called once, if the worker is told to stop meanwhile. Returns the child's pid, its wait status, and
         whether this worker killed it on demand.
         """
-        # A connection that two processes share breaks in both.
-        connections.close_all()
+        _disconnect()
         self._horse_pid = os.fork()
         if self._horse_pid == 0:
             self._be_child(what, work)
@@ -328,7 +338,7 @@ class Worker(RQWorker):
             # Its lease will run out, and whoever takes the row next counts the crash.
             self.log.exception("Worker %s: the death of %s could not be written down", self.name, message.id)
         finally:
-            connections.close_all()
+            _disconnect()
 
     # --- Signals ------------------------------------------------------------------------------------------------------
 
