@@ -1,4 +1,4 @@
-"""Databases in the admin: ask for one, see how it fares, have it deleted. No row is ever deleted here."""
+"""Databases and deploys in the admin: ask for a database, see how all fare, have one deleted. No row ever goes."""
 
 from collections import defaultdict
 from typing import Any
@@ -13,18 +13,20 @@ from django.template.defaultfilters import filesizeformat
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 
-from databases.models import Database, DatabaseQuerySet
+from databases.models import Database, DatabaseQuerySet, DeployRequest
 from databases.requests import request_creation, request_deletion
+from jobs.admin import ExplainedAdmin, TimesAdmin
+from jobs.steering import ReadOnly
 
 NAMED = 20
 """How many databases a message names."""
 
 
 @admin.register(Database)
-class DatabaseAdmin(admin.ModelAdmin):
-    list_display = ["name", "owner", "state", "file_size", "created_at", "ready_at", "deleted_at"]
-    list_filter = ["state", "created_at"]
-    list_select_related = ["owner"]
+class DatabaseAdmin(ExplainedAdmin, TimesAdmin):
+    list_display = ["name", "owner", "engine", "parent", "state", "file_size", "created_at", "ready_at", "deleted_at"]
+    list_filter = ["state", "engine", "origin", "created_at"]
+    list_select_related = ["owner", "parent"]
     search_fields = ["name", "owner__username"]
     ordering = ["-pk"]
     autocomplete_fields = ["owner"]
@@ -36,11 +38,14 @@ class DatabaseAdmin(admin.ModelAdmin):
 
     def get_fields(self, request: HttpRequest, obj: Database | None = None) -> list[Any]:
         if obj is None:
-            return ["name", "owner"]
-        return ["name", "owner", "state", "path", "file_size", "created_at", "ready_at", "deleted_at"]
+            return ["name", "owner", "engine"]
+        # Not the password, which is its owner's business.
+        made = ["engine", "origin", "parent", "state", "error", "path", "file_size"]
+        waited = ["created_at", "sessions_end_at", "ended_sessions", "ready_at", "deleted_at"]
+        return ["name", "owner", *made, *waited]
 
-    def get_readonly_fields(self, request: HttpRequest, obj: Database | None = None) -> list[str]:
-        return [] if obj is None else [field for field in self.get_fields(request, obj) if field != "owner"]
+    def get_readonly_fields(self, request: HttpRequest, obj: Database | None = None) -> list[Any]:
+        return [] if obj is None else self._with_times(set(self.get_fields(request, obj)) - {"owner"})
 
     def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
         return {"owner": request.user.pk, **super().get_changeform_initial_data(request)}
@@ -103,7 +108,7 @@ class DatabaseAdmin(admin.ModelAdmin):
         by_state: dict[str, list[Database]] = defaultdict(list)
         for database in chosen:
             by_state[database.state].append(database)
-        asked = by_state[Database.State.PENDING] + by_state[Database.State.READY]
+        asked = [database for state in Database.DELETABLE for database in by_state[state]]
 
         LogEntry.objects.log_actions(str(request.user.pk), asked, CHANGE, "Asked for its deletion.")
         request_deletion(Database.objects.filter(pk__in=[database.pk for database in asked]))
@@ -116,3 +121,21 @@ class DatabaseAdmin(admin.ModelAdmin):
             if databases:
                 more = f" and {len(databases) - NAMED} more" if len(databases) > NAMED else ""
                 self.message_user(request, f"{said}: {', '.join(map(str, databases[:NAMED]))}{more}.", level)
+
+
+@admin.register(DeployRequest)
+class DeployRequestAdmin(ExplainedAdmin, ReadOnly, TimesAdmin):
+    """What is to be changed, or was. It can be looked at, and neither edited nor deleted."""
+
+    list_display = ["id", "branch", "target", "state", "requested_by", "created_at", "deployed_at", "confirmed_at"]
+    list_filter = ["state", "created_at"]
+    list_select_related = ["branch", "target", "requested_by"]
+    search_fields = ["branch__name", "target__name", "requested_by__username", "marker"]
+    ordering = ["-pk"]
+
+    def get_fields(self, request: HttpRequest, obj: DeployRequest | None = None) -> list[Any]:
+        said = ["branch", "target", "sql", "requested_by", "state", "error"]
+        return [*said, "created_at", "deployed_at", "confirmed_at", "schema", "marker"]
+
+    def get_readonly_fields(self, request: HttpRequest, obj: DeployRequest | None = None) -> list[Any]:
+        return self._with_times(self.get_fields(request, obj))

@@ -3,12 +3,29 @@
 from django.conf import settings
 from django.utils.module_loading import import_string
 
-from databases.provisioners.base import NAME_PATTERN, Provisioned, Provisioner, ProvisioningError
+from databases.provisioners.base import (
+    NAME_PATTERN,
+    Contents,
+    InUse,
+    Provisioned,
+    Provisioner,
+    ProvisioningError,
+    Refused,
+)
 
-__all__ = ["NAME_PATTERN", "Provisioned", "Provisioner", "ProvisioningError", "get_provisioner"]
+__all__ = [
+    "NAME_PATTERN",
+    "Contents",
+    "InUse",
+    "Provisioned",
+    "Provisioner",
+    "ProvisioningError",
+    "Refused",
+    "get_provisioner",
+]
 
 
-def get_provisioner() -> Provisioner:
-    """Return the engine that the setting `DATABASES_PROVISIONER` names, as a dotted path."""
-    provisioner: Provisioner = import_string(settings.DATABASES_PROVISIONER)()
+def get_provisioner(engine: str) -> Provisioner:
+    """Return what the setting `DATABASES_PROVISIONERS` names for an engine, as a dotted path."""
+    provisioner: Provisioner = import_string(settings.DATABASES_PROVISIONERS[engine])()
     return provisioner
