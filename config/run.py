@@ -12,7 +12,7 @@ from pathlib import Path
 import django
 
 from config import HOME
-from config.servers import RedisServer, ServerError, running_redis
+from config.servers import PostgresServer, RedisServer, Server, ServerError, postgres_binary, running_redis
 from config.stack import StackError, Supervisor, interrupt_on_sigterm, job_commands, manage
 
 HOST = "127.0.0.1"
@@ -53,24 +53,40 @@ def run(port: int) -> None:
         refuse_taken(port)
         if own_redis:
             servers.enter_context(own_redis)
+        own_postgres = None
+        if not os.environ.get("DATABASES_POSTGRES_URL"):
+            own_postgres = servers.enter_context(postgres_for_users(HOME))
+            os.environ["DATABASES_POSTGRES_URL"] = own_postgres.url
+            os.environ["DATABASES_POSTGRES_BIN"] = str(postgres_binary("pg_dump").parent)
         print(f"Redis     {redis_url} ({'started for this run' if own_redis else 'found running'})")
         password = prepare_database(HOME / "admin-password")
         print(f"Database  {describe_database()}")
 
+        own_servers: list[Server] = [server for server in (own_redis, own_postgres) if server]
         for name, argv in {**job_commands(), "web": manage("runserver", "--noreload", f"{HOST}:{port}")}.items():
             stack.start(name, argv)
         wait_for_web(stack, port)
         print(f"Running   {', '.join(stack.names)}; their output is in {stack.logs}")
-        print(f"Admin     http://{HOST}:{port}/admin/   user {ADMIN}, password {password}")
+        print(f"Console   http://{HOST}:{port}/         user {ADMIN}, password {password}")
+        print(f"Admin     http://{HOST}:{port}/admin/   the same")
         print("Ctrl-C ends all of it.", flush=True)
 
         while True:
             for death in stack.poll():
                 print(f"{death.name} (process {death.pid}) ended with code {death.code}; it is replaced.", flush=True)
-            if own_redis and not own_redis.pid:
-                print("Redis died; it is started again, empty.", flush=True)
-                own_redis.start()
+            for server in own_servers:
+                if not server.pid:
+                    print(f"{server.name} died; it is started again.", flush=True)
+                    server.start()
             time.sleep(0.5)
+
+
+def postgres_for_users(home: Path) -> PostgresServer:
+    """Where the users' databases of that engine are made: on the same port at each run, by which they are known."""
+    remembered = home / "postgres-port"
+    server = PostgresServer(home / "postgres", int(remembered.read_text()) if remembered.exists() else None)
+    remembered.write_text(str(server.port))
+    return server
 
 
 def refuse_taken(port: int) -> None:

@@ -289,6 +289,12 @@ class PostgresServer(Server):
         password = self._password.read_text() if self._password.exists() else ""
         return f"postgres://postgres:{password}@127.0.0.1:{self.port}/postgres"
 
+    def erase(self) -> None:
+        """End it, also one that a killed run left behind, and remove all that it kept."""
+        self.stop()
+        self._end_leftover()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     @property
     def _pid_file(self) -> Path:
         return self._data / "postmaster.pid"

@@ -11,7 +11,7 @@ from pathlib import Path
 import dj_database_url
 from django.core.exceptions import ImproperlyConfigured
 
-from config import HOME
+from config import BASE_DIR, HOME
 
 HOME.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -36,6 +36,7 @@ INSTALLED_APPS = [
     "waffle",
     "jobs",
     "databases",
+    "backups",
 ]
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
@@ -49,6 +50,7 @@ MIDDLEWARE = [
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [BASE_DIR / "templates"],
         "APP_DIRS": True,
         "OPTIONS": {
             "context_processors": [
@@ -89,6 +91,7 @@ TIME_ZONE = "UTC"
 USE_TZ = True
 
 STATIC_URL = "static/"
+STATICFILES_DIRS = [BASE_DIR / "static"]
 STATIC_ROOT = HOME / "static"
 
 LOGGING = {
@@ -96,7 +99,7 @@ LOGGING = {
     "disable_existing_loggers": False,
     "formatters": {"line": {"format": "{asctime} {levelname} {name}: {message}", "style": "{"}},
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "loggers": {name: {"handlers": ["console"], "level": "INFO"} for name in ("selfheal", "databases")},
+    "loggers": {name: {"handlers": ["console"], "level": "INFO"} for name in ("selfheal", "databases", "backups")},
 }
 
 # The queue: a hint. Losing all of it loses nothing.
@@ -118,6 +121,33 @@ JOBS = {
     "KEEP_RUNS": timedelta(days=14),
 }
 
-# Where the `databases` app really creates databases, and by which engine.
+# Where the `databases` app really creates databases, and by what.
 DATABASES_FOLDER = Path(os.environ.get("DATABASES_FOLDER", HOME / "databases")).resolve()
-DATABASES_PROVISIONER = os.environ.get("DATABASES_PROVISIONER", "databases.provisioners.sqlite.SQLiteProvisioner")
+DATABASES_POSTGRES_URL = os.environ.get("DATABASES_POSTGRES_URL", "")
+DATABASES_PROVISIONERS = {
+    "sqlite": os.environ.get("DATABASES_SQLITE_PROVISIONER", "databases.provisioners.sqlite.SQLiteProvisioner"),
+    "postgresql": os.environ.get(
+        "DATABASES_POSTGRES_PROVISIONER", "databases.provisioners.postgresql.PostgreSQLProvisioner"
+    ),
+}
+# Where PostgreSQL's own programs are, pg_dump and pg_restore; empty: on PATH.
+DATABASES_POSTGRES_BIN = os.environ.get("DATABASES_POSTGRES_BIN", "")
+
+# Where backups are kept, and where a job writes what it needs for a while.
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+    "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+    "backups": {
+        "BACKEND": "django.core.files.storage.FileSystemStorage",
+        "OPTIONS": {
+            "location": os.environ.get("BACKUPS_FOLDER", HOME / "backups"),
+            "file_permissions_mode": 0o600,
+            "directory_permissions_mode": 0o700,
+        },
+    },
+}
+BACKUPS_SCRATCH = Path(os.environ.get("BACKUPS_SCRATCH", HOME / "scratch")).resolve()
+
+LOGIN_URL = "login"
+LOGIN_REDIRECT_URL = "databases"
+LOGOUT_REDIRECT_URL = "login"

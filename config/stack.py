@@ -92,7 +92,7 @@ class Supervisor:
     def __init__(self, folder: Path | str, env: Mapping[str, str] | None = None) -> None:
         self.folder = Path(folder).resolve()
         self.logs = self.folder / "logs"
-        self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {}), MARK: str(self.folder)}
+        self._env = {"PYTHONUNBUFFERED": "1", **(env or {}), MARK: str(self.folder)}
         self._processes: dict[str, Process] = {}
         self._resources = ExitStack()
 
@@ -113,7 +113,7 @@ class Supervisor:
         """Start a command and keep it running from now on; its output is added to `<folder>/logs/<name>.log`."""
         if name in self._processes:
             raise StackError(f"There is a process {name!r} already. Choose another name.")
-        process = Process(name, argv, {**self._env, **(env or {})}, self.logs / f"{name}.log")
+        process = Process(name, argv, {**os.environ, **self._env, **(env or {})}, self.logs / f"{name}.log")
         self._processes[name] = process
         process.start()
 
