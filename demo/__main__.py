@@ -18,7 +18,7 @@ from typing import NoReturn
 import django
 
 from config import HOME
-from config.servers import RedisServer, ServerError
+from config.servers import PostgresServer, RedisServer, ServerError, postgres_binary
 from config.stack import StackError, Supervisor, interrupt_on_sigterm, job_commands
 from demo.screen import Screen
 
@@ -50,9 +50,10 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--databases", type=int, default=300, help="how many the user creates")
     add("--rate", type=float, default=10.0, help="how many of them a second")
+    add("--stories", type=int, default=6, help="databases of each engine that are branched, deployed to and restored")
     add("--disasters", default="all", help="their names with commas between, in this order; or none; or all")
     add("--home", type=Path, default=HOME / "demo", help="a folder for it, emptied at each start")
-    add("--time-limit", type=float, default=345.0, help="seconds after which unfinished rows count as lost")
+    add("--time-limit", type=float, default=420.0, help="seconds after which unfinished rows count as lost")
     add("--seed", type=int, default=random.randrange(10**6), help="of whatever is left to chance; a new one each time")
     add("--settings", default="config.settings", help="Django's settings")
     add("--cron", default="", help="when the sweeps run, if not as the code says: what an operator sets in the admin")
@@ -69,7 +70,12 @@ def run(options: argparse.Namespace) -> int:
     # Inside, no other demo has this folder, and nothing that an earlier one left behind is running.
     with Supervisor(home) as stack, server:
         empty(home)
-        return play(options, home, server, stack, screen)
+        # Where the user's databases of that engine are; the project's own is SQLite.
+        postgres = PostgresServer(home / "postgres")
+        postgres.erase()
+        with postgres:
+            os.environ["DATABASES_POSTGRES_URL"] = postgres.url
+            return play(options, home, server, stack, screen)
 
 
 def play(options: argparse.Namespace, home: Path, server: RedisServer, stack: Supervisor, screen: Screen) -> int:
@@ -90,11 +96,12 @@ def play(options: argparse.Namespace, home: Path, server: RedisServer, stack: Su
 
     for name, argv in job_commands().items():
         stack.start(name, argv)
-    user = User(options.databases, options.rate, chance)
+    user = User(options.databases, options.rate, options.stories, chance)
     try:
         stage = Stage(server, stack, Watch(home / "ledger"), user, screen, chance)
         screen.say(
-            f"A scheduler, four workers, and a user who wants {options.databases} databases. Seed {options.seed}."
+            f"A scheduler, four workers, and a user who wants {options.databases} databases, and to branch, change, "
+            f"back up and restore {options.stories} of each engine. Seed {options.seed}."
         )
         stage.play(plan, deadline)
     finally:
@@ -105,11 +112,15 @@ def play(options: argparse.Namespace, home: Path, server: RedisServer, stack: Su
     stack.stop()
     stage.watch.look()
     attempts = intervals(stage.watch.events, stage.watch.deaths)
-    verdict = report.Verdict.on(stage, rows.endings(home / "databases"), attempts)
+    for story in user.stories:
+        story.compare()
+    verdict = report.Verdict.on(stage, rows.endings(), attempts, rows.remains())
     connections.close_all()
 
     if stage.strikes:
         screen.say(f"\n{report.disasters(stage)}\n\nBack in work: every row that it hit was queued or running again.")
+    if user.stories:
+        screen.say(f"\n{report.stories(user.stories)}")
     killed = sum(attempt.closed_by == "death" for attempt in attempts)
     screen.say(
         f"\nThe workers made {len(attempts)} attempts in {stage.seconds(stage.snapshot.at):.0f} s; "
@@ -133,7 +144,8 @@ def claim(home: Path) -> None:
 
 def empty(home: Path) -> None:
     """Remove what the last run left, except what is in use again: the lock, and the server's folder."""
-    shutil.rmtree(home / "databases", ignore_errors=True)
+    for folder in ("databases", "backups", "scratch"):
+        shutil.rmtree(home / folder, ignore_errors=True)
     for file in (home / "ledger", *home.glob("db.sqlite3*"), *home.glob("logs/*.log")):
         file.unlink(missing_ok=True)
 
@@ -147,7 +159,12 @@ def environment(home: Path, redis_url: str, settings: str) -> dict[str, str]:
         "REDIS_URL": redis_url,
         "DATABASE_URL": f"sqlite:///{home / 'db.sqlite3'}",
         "DATABASES_FOLDER": str(home / "databases"),
-        "DATABASES_PROVISIONER": "demo.provisioner.LedgerProvisioner",
+        "DATABASES_SQLITE_PROVISIONER": "demo.provisioner.sqlite",
+        "DATABASES_POSTGRES_PROVISIONER": "demo.provisioner.postgresql",
+        "DATABASES_POSTGRES_URL": "",
+        "DATABASES_POSTGRES_BIN": str(postgres_binary("pg_dump").parent),
+        "BACKUPS_FOLDER": str(home / "backups"),
+        "BACKUPS_SCRATCH": str(home / "scratch"),
         "ALLOWED_HOSTS": "",
         "DEBUG": "1",
     }
@@ -158,16 +175,18 @@ def prepare_django(home: Path, cron: str) -> None:
     django.setup()
     from django.core.management import call_command
 
-    from databases.jobs import schedule_database_deletions, schedule_databases
+    from demo.rows import MODELS
+    from jobs import registry
     from jobs.models import Schedule
+    from jobs.sweep import Sweep
 
     log = logging.FileHandler(home / "logs" / f"{home.name}.log")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("", "selfheal", "databases", "django"):
+    for name in ("", "selfheal", "databases", "backups", "django"):
         logging.getLogger(name).handlers[:] = [log]
     call_command("migrate", verbosity=0)
     if cron:
-        sweeps = (schedule_databases.name, schedule_database_deletions.name)
+        sweeps = [each.name for each in registry.declared() if isinstance(each, Sweep) and each.job.name in MODELS]
         Schedule.objects.filter(name__in=sweeps).update(cron=cron)
 
 

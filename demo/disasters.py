@@ -15,9 +15,8 @@ import psutil
 from waffle.models import Switch
 
 from config.stack import StackError
-from databases.models import Database
 from demo.ledger import Event, Process
-from demo.rows import Snapshot, clock, read_queue, rows_of
+from demo.rows import MODELS, Row, Snapshot, clock, read_queue, row_of, rows_of
 from jobs.models import Claim
 
 if TYPE_CHECKING:
@@ -39,18 +38,18 @@ class Strike:
     name: str
     at: float
     over: float | None = None
-    hit: dict[int, str] = field(default_factory=dict)
+    hit: dict[Row, str] = field(default_factory=dict)
     """Each row, with the token of the claim that the disaster broke, if it broke one."""
-    back: dict[int, float] = field(default_factory=dict)
+    back: dict[Row, float] = field(default_factory=dict)
 
-    def add(self, rows: Iterable[int]) -> None:
-        for pk in rows:
-            self.hit.setdefault(pk, "")
+    def add(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self.hit.setdefault(row, "")
 
     def look(self, snapshot: Snapshot) -> None:
-        for pk in self.hit.keys() - self.back.keys():
-            if snapshot.is_moving(pk, apart_from=self.hit[pk]):
-                self.back[pk] = snapshot.at
+        for row in self.hit.keys() - self.back.keys():
+            if snapshot.is_moving(row, apart_from=self.hit[row]):
+                self.back[row] = snapshot.at
 
     @property
     def out_of_work_for(self) -> float | None:
@@ -72,7 +71,7 @@ class Victim(NamedTuple):
 
     worker: int
     child: Process
-    row: int
+    row: Row
     token: str
 
 
@@ -223,7 +222,8 @@ def a_working_child(stage: Stage) -> Generator[float, None, Victim]:
 
     def find() -> bool:
         wanted = stage.user.wanted
-        if working := [each for each in stage.watch.working().items() if wanted.get(each[1].row) == "ready"]:
+        working = [each for each in stage.watch.working().items() if wanted.get(each[1].row) != "deleted"]
+        if working:
             found.extend(stop(stage, *stage.random.choice(working)))
         return bool(found)
 
@@ -241,10 +241,9 @@ def stop(stage: Stage, child: Process, start: Event) -> list[Victim]:
     except (psutil.NoSuchProcess, ProcessLookupError):
         return []
     stage.watch.look()
-    claim = Claim.objects.filter(holder__endswith=f":{child.pid}", lease_key__isnull=False).first()
-    row = Database.objects.filter(name=start.row).first()
-    if stage.watch.working().get(child) == start and claim and row and claim.object_pk == str(row.pk):
-        return [Victim(worker, child, row.pk, claim.token)]
+    claim = Claim.objects.filter(holder__endswith=f":{child.pid}", lease_key__isnull=False, job__in=MODELS).first()
+    if stage.watch.working().get(child) == start and claim:
+        return [Victim(worker, child, row_of(claim.job, claim.object_pk), claim.token)]
     os.kill(child.pid, signal.SIGCONT)
     return []
 
@@ -257,7 +256,7 @@ def kill_child(stage: Stage, victim: Victim, strike: Strike) -> None:
 
 def leaving_rows_stranded(stage: Stage, strike: Strike, seconds: float) -> Disaster:
     """Wait so long, and count as hit the rows that nothing is about to work on, at two looks in a row."""
-    deadline, before = clock() + seconds, set[int]()
+    deadline, before = clock() + seconds, set[Row]()
     while clock() < deadline:
         stranded = stage.look().stranded
         strike.add(stranded & before)

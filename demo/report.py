@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from databases.models import Database
 from demo.disasters import Strike
 from demo.ledger import Clash, Ending, Interval, clashes, lost, unrecorded
 from demo.screen import table
 from demo.stage import Stage
+from demo.story import STEPS, Story
 
 SHOWN = 20
 """Pieces of evidence of one kind that are printed; more of them say nothing new."""
@@ -26,9 +29,12 @@ class Verdict:
     unrecorded: set[str]
     missed: list[str]
     failures: list[str]
+    untold: dict[str, str]
+    """The stories that did not come to a good end, each with the reason."""
+    remains: list[str]
 
     @classmethod
-    def on(cls, stage: Stage, endings: Mapping[str, Ending], attempts: list[Interval]) -> Verdict:
+    def on(cls, stage: Stage, endings: Mapping[str, Ending], attempts: list[Interval], remains: list[str]) -> Verdict:
         wanted = stage.user.wanted
         return cls(
             endings=endings,
@@ -39,11 +45,14 @@ class Verdict:
             unrecorded=unrecorded(wanted, attempts),
             missed=stage.missed,
             failures=stage.user.failures,
+            untold={story.name: why for story in stage.user.stories if (why := story.why_untold)},
+            remains=remains,
         )
 
     @property
     def is_proof(self) -> bool:
-        return not (self.lost or self.clashes or self.unrecorded or self.missed or self.failures)
+        wrong = (self.lost, self.clashes, self.unrecorded, self.missed, self.failures, self.untold, self.remains)
+        return not any(wrong)
 
     @property
     def summary(self) -> str:
@@ -51,11 +60,13 @@ class Verdict:
         at_once = {clash.first.row for clash in self.clashes}
         return (
             f"Created {len(states)}, ready {states.count('ready')}, deleted {states.count('deleted')}, "
-            f"lost {len(self.lost)}, worked by two at once {len(at_once)}."
+            f"lost {len(self.lost) + len(self.untold)}, worked by two at once {len(at_once)}."
         )
 
     def evidence(self) -> Iterator[str]:
         yield from listed("Lost", (f"{row} {reason}" for row, reason in self.lost.items()))
+        yield from listed("Stories without a good end", (f"{name}: {why}" for name, why in self.untold.items()))
+        yield from listed("Left behind, and nobody's", self.remains)
         yield from listed("Worked by two at once", map(str, self.clashes))
         yield from listed("Finished, and the ledger knows nothing of it", sorted(self.unrecorded))
         yield from listed("Disasters that did not strike", self.missed)
@@ -69,6 +80,19 @@ def listed(title: str, items: Iterable[str]) -> Iterator[str]:
         yield from (f"  {item}" for item in shown)
         if more := sum(1 for _ in remaining):
             yield f"  and {more} more"
+
+
+def stories(told: Iterable[Story]) -> str:
+    """The table of what was done on each engine, from creating a database to restoring a backup of it."""
+    by_engine: dict[str, list[Story]] = defaultdict(list)
+    for story in told:
+        by_engine[story.engine].append(story)
+
+    def line(engine: str, of_it: list[Story]) -> list[str]:
+        counts = (sum(step in story.done for story in of_it) for step in STEPS)
+        return [Database.Engine(engine).label, *(f"{count} of {len(of_it)}" for count in counts)]
+
+    return table(["engine", *STEPS], [line(*each) for each in by_engine.items()])
 
 
 def disasters(stage: Stage) -> str:

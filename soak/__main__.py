@@ -107,7 +107,7 @@ def play(options: argparse.Namespace, home: Path, servers: Servers, stack: Super
     stack.stop()
     stage.watch.look()
     attempts = report.attempts(stage)
-    verdict = report.Verdict.on(stage, rows.endings(home / "databases"), attempts, audit.writes(), keys)
+    verdict = report.Verdict.on(stage, rows.endings(), attempts, audit.writes(), keys)
     if options.minutes >= LONG_ENOUGH:
         verdict = replace(verdict, never_struck=[name for name in kinds if not stage.struck[name]])
     for line in report.figures(stage, kinds, attempts, keys):

@@ -14,8 +14,9 @@ from rq.utils import as_text
 
 from config.stack import StackError
 from demo.disasters import flip
-from demo.rows import DELAYED, JOBS, QUEUES
+from demo.rows import DELAYED, QUEUES
 from jobs.message import row_id
+from soak.user import JOBS
 
 if TYPE_CHECKING:
     from soak.proxy import Proxy
@@ -126,7 +127,7 @@ def copies_of_messages(stage: Stage) -> Disaster:
     with stage.using("redis"):
         ids = [id for name in QUEUES for id in stage.redis.lrange(f"rq:queue:{name}", 0, -1)]
         # Those that wait, or else those that are being worked on.
-        ids = ids or [row_id(job, str(pk)).encode() for pk in stage.observer.snapshot.unfinished for job in JOBS]
+        ids = ids or [row_id(job, str(row.pk)).encode() for row in stage.observer.snapshot.unfinished for job in JOBS]
         if not ids:
             raise Missed
         chosen = stage.random.sample(sorted(set(ids)), min(3, len(set(ids))))

@@ -18,7 +18,7 @@ from rq.utils import as_text
 
 from databases.models import Database
 from demo import rows
-from demo.rows import JOBS, Snapshot
+from demo.rows import MODELS, Row, Snapshot, row_of
 from jobs.models import Claim
 
 LOOK = 0.5
@@ -33,17 +33,17 @@ class Heals:
 
     def __init__(self) -> None:
         self.spans: list[float] = []
-        self._since: dict[int, float] = {}
-        self._at_first_look: set[int] = set()
-        self._queued: frozenset[int] = frozenset()
+        self._since: dict[Row, float] = {}
+        self._at_first_look: set[Row] = set()
+        self._queued: frozenset[Row] = frozenset()
 
-    def look(self, snapshot: Snapshot, resting: set[int]) -> None:
+    def look(self, snapshot: Snapshot, resting: set[Row]) -> None:
         # While Redis does not answer, nobody knows that what it had is lost.
         self._queued = self._queued if snapshot.queued is None else snapshot.queued
         stranded = snapshot.unfinished - self._queued - snapshot.running.keys() - resting
-        for pk in self._since.keys() - stranded:
-            since = self._since.pop(pk)
-            if pk not in self._at_first_look:
+        for row in self._since.keys() - stranded:
+            since = self._since.pop(row)
+            if row not in self._at_first_look:
                 self.spans.append(snapshot.at - since)
         self._at_first_look = stranded - self._since.keys()
         self._since.update(dict.fromkeys(self._at_first_look, snapshot.at))
@@ -99,10 +99,10 @@ class Observer(threading.Thread):
 
     def look(self) -> None:
         snapshot = rows.look(self._redis)
-        ours = Claim.objects.filter(job__in=JOBS)
+        ours = Claim.objects.filter(job__in=MODELS)
         self.quarantined |= set(ours.filter(quarantined_at__isnull=False).values_list("object_pk", flat=True))
         resting = ours.filter(Q(next_attempt_at__gt=timezone.now()) | Q(quarantined_at__isnull=False))
-        self.heals.look(snapshot, {int(pk) for pk in resting.values_list("object_pk", flat=True)})
+        self.heals.look(snapshot, {row_of(*each) for each in resting.values_list("job", "object_pk")})
         self.snapshot = snapshot
         if rows.clock() >= self._measured_at + MEASURE:
             self._measured_at = rows.clock()
@@ -136,7 +136,7 @@ class Observer(threading.Thread):
 
     def longest_backoff(self) -> float:
         """Return the seconds until the last of the rows that are backing off may be attempted again."""
-        last = Claim.objects.filter(job__in=JOBS).aggregate(Max("next_attempt_at"))["next_attempt_at__max"]
+        last = Claim.objects.filter(job__in=MODELS).aggregate(Max("next_attempt_at"))["next_attempt_at__max"]
         return max(0.0, (last - timezone.now()).total_seconds()) if last else 0.0
 
     def is_settled(self, since: float) -> bool:

@@ -10,7 +10,7 @@ from django.db.models import Count
 
 from demo.ledger import Clash, Ending, Interval, Process, clashes, intervals, lost, unrecorded
 from demo.report import listed
-from demo.rows import JOBS
+from demo.rows import MODELS
 from demo.screen import table
 from jobs.conf import conf
 from jobs.models import Run
@@ -113,7 +113,7 @@ def figures(stage: Stage, kinds: Sequence[str], attempts: Sequence[Interval], ke
         f"The workers made {len(attempts)} attempts; a death cut off {killed} of them. "
         f"{len(stage.frozen_for)} children were frozen."
     )
-    outcomes = Run.objects.filter(job__in=JOBS).values_list("outcome").annotate(Count("pk")).order_by("outcome")
+    outcomes = Run.objects.filter(job__in=MODELS).values_list("outcome").annotate(Count("pk")).order_by("outcome")
     history = ", ".join(f"{outcome} {count}" for outcome, count in outcomes)
     yield f"The library's own history of them: {history or 'nothing'}."
     yield f"Of {len(requests)} requests {sum(bool(request.error) for request in requests)} failed."

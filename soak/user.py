@@ -19,6 +19,8 @@ from demo.rows import clock
 TABS = 8
 """Requests that may be open at once: one that hangs does not keep the user from the next."""
 REGRETS = 1 / 3
+JOBS = ("create_database", "delete_database")
+"""What does what the user asks for."""
 
 
 @dataclass(frozen=True)
