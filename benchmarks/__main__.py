@@ -23,6 +23,7 @@ from config.servers import PostgresServer, RedisServer, ServerError
 RESULTS = Path(__file__).parent / "RESULTS.md"
 # What a sweep queues at once, unless it says otherwise.
 LIMIT = 100_000
+SQLITE = "databases.provisioners.sqlite.SQLiteProvisioner"
 MEASURE = "import sys, django; django.setup(); from benchmarks import measures; measures.main(*sys.argv[1:])"
 
 
@@ -30,10 +31,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--most", type=int, default=10_000_000, help="rows in the largest table")
     parser.add_argument("--lives", type=int, default=900, help="rows whose jobs are really performed")
+    parser.add_argument("--megabytes", type=int, default=1024, help="the size of the file that is backed up")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file that is written")
     options = parser.parse_args()
     try:
-        sections = dict(measure_all(options.most, options.lives))
+        sections = dict(measure_all(options.most, options.lives, options.megabytes))
     except ServerError as error:
         sys.exit(str(error))
     options.results.write_text(report(sections))
@@ -43,12 +45,14 @@ def main() -> None:
         sys.exit("Bars that were missed: " + "; ".join(missed))
 
 
-def measure_all(most: int, lives: int) -> Iterator[tuple[str, list[Figure]]]:
+def measure_all(most: int, lives: int, megabytes: int) -> Iterator[tuple[str, list[Figure]]]:
     with tempfile.TemporaryDirectory(prefix="selfheal-bench-") as folder:
         home = Path(folder)
         home.chmod(0o711)
         with RedisServer(home / "redis") as redis:
             yield section("Pushes", Bench(home / "pushes", f"sqlite:///{home / 'pushes.sqlite3'}", redis).pushes())
+            files = Bench(home / "files", f"sqlite:///{home / 'files.sqlite3'}", redis, SQLITE)
+            yield section("Backups", files.backups(megabytes))
             sqlite = Bench(home / "sqlite", f"sqlite:///{home / 'bench.sqlite3'}", redis)
             yield section("SQLite", sqlite.sweeps(most, lives))
             with PostgresServer(home / "postgres", waits_for_disk=True) as postgres:
@@ -68,14 +72,16 @@ def section(title: str, figures: Iterator[Figure]) -> tuple[str, list[Figure]]:
 class Bench:
     """The project on one database, from which each measurement runs in a process of its own."""
 
-    def __init__(self, home: Path, database_url: str, redis: RedisServer) -> None:
+    def __init__(
+        self, home: Path, database_url: str, redis: RedisServer, provisioner: str = "benchmarks.measures.NothingToDo"
+    ) -> None:
         self.environment = {
             **os.environ,
             "DJANGO_SETTINGS_MODULE": "config.settings",
             "SELFHEAL_HOME": str(home),
             "DATABASE_URL": database_url,
             "REDIS_URL": redis.url,
-            "DATABASES_PROVISIONER": "benchmarks.measures.NothingToDo",
+            "DATABASES_SQLITE_PROVISIONER": provisioner,
             "ALLOWED_HOSTS": "",
             "DEBUG": "",
             "SECRET_KEY": "for-benchmarks-only",
@@ -95,9 +101,14 @@ class Bench:
         self.measure("fill", "pending", 1)
         yield from self.measure("pushes")
 
+    def backups(self, megabytes: int) -> Iterator[Figure]:
+        self.measure("large", megabytes)
+        yield from self.measure("backup", megabytes)
+
     def sweeps(self, most: int, lives: int) -> Iterator[Figure]:
         self.measure("fill", "ready", most)
         yield from self.measure("idle")
+        yield from self.measure("due", most // 100)
         self.measure("empty")
         self.measure("fill", "pending", lives)
         yield from self.measure("life")
@@ -115,6 +126,7 @@ class Bench:
                 "times",
                 at_most=1.25,
             )
+        yield from self.measure("glance", most // 10)
 
 
 def report(sections: dict[str, list[Figure]]) -> str:

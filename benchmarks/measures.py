@@ -7,10 +7,13 @@ import json
 import logging
 import os
 import resource
+import sqlite3
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from typing import Any
 
 import rq
 from django.contrib.auth import get_user_model
@@ -19,11 +22,14 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from redis import Redis
 
+from backups.jobs import restore_backup, schedule_backup_policies, take_backup
+from backups.models import Backup, BackupPolicy
+from backups.requests import request_restore
 from benchmarks.figures import Figure
 from databases.jobs import create_database, schedule_databases
 from databases.models import Database
 from databases.provisioners import Provisioned
-from jobs import clock, job, registry, scheduler, sweep, worker
+from jobs import clock, health, job, registry, scheduler, sweep, tallies, worker
 from jobs.models import Claim, Run, Schedule
 from jobs.testing import perform
 
@@ -33,7 +39,7 @@ BATCH = 1000
 class NothingToDo:
     """A provisioner that makes nothing, so that what remains is the cost of the job around it."""
 
-    def create(self, name: str) -> Provisioned:
+    def create(self, name: str, password: str = "") -> Provisioned:
         return Provisioned(path=name, size=0)
 
     def delete(self, name: str) -> None:
@@ -52,27 +58,29 @@ def fill(state: str, rows: int) -> None:
     first = Database.objects.count() + 1
     if first > rows:
         return
-    numbers = (
-        "SELECT generate_series(%s, %s) AS n"
-        if connection.vendor == "postgresql"
-        else "WITH RECURSIVE numbers(n) AS (SELECT %s UNION ALL SELECT n + 1 FROM numbers WHERE n < %s) "
-        "SELECT n FROM numbers"
-    )
     with connection.cursor() as cursor:
         cursor.execute(
-            "INSERT INTO databases_database (id, name, owner_id, state, created_at, path) "
-            f"SELECT n, 'db_' || n, %s, %s, CURRENT_TIMESTAMP, '' FROM ({numbers}) AS numbered",
+            "INSERT INTO databases_database "
+            "(id, name, owner_id, engine, origin, state, error, ended_sessions, password, created_at, path) SELECT "
+            f"n, 'db_' || n, %s, 'sqlite', 'empty', %s, '', '', '', CURRENT_TIMESTAMP, '' FROM ({numbers()}) AS of_all",
             [owner.pk, state, first, rows],
         )
         cursor.execute("VACUUM ANALYZE" if connection.vendor == "postgresql" else "ANALYZE")
     assert Database.objects.count() == rows
 
 
+def numbers() -> str:
+    """Return the statement that counts from one number to another."""
+    if connection.vendor == "postgresql":
+        return "SELECT generate_series(%s, %s) AS n"
+    return "WITH RECURSIVE of(n) AS (SELECT %s UNION ALL SELECT n + 1 FROM of WHERE n < %s) SELECT n FROM of"
+
+
 def empty() -> None:
     """Leave no row in the table, and no trace of those that there were."""
     with connection.cursor() as cursor:
         if connection.vendor == "postgresql":
-            cursor.execute("TRUNCATE databases_database")
+            cursor.execute("TRUNCATE databases_database CASCADE")
         else:
             cursor.execute("DELETE FROM databases_database")
             cursor.execute("VACUUM")
@@ -111,7 +119,7 @@ def pushes() -> Iterator[Figure]:
     yield Figure("`enqueue_many` against rq's, in thousands", rq_in_thousands / a_row, "times", at_least=40)
     yield Figure("`enqueue_many` against rq's `enqueue`, one by one", rq_one_by_one / a_row, "times", at_least=200)
     yield Figure("`enqueue_many`, all of them queued already, against rq's", rq_in_thousands / a_row_again, "times")
-    yield Figure("`enqueue`, which asks the database twice, against rq's", rq_one_by_one / ours_a_row, "times")
+    yield Figure("`enqueue`, which asks the database three times, against rq's", rq_one_by_one / ours_a_row, "times")
 
 
 def idle() -> Iterator[Figure]:
@@ -125,6 +133,55 @@ def idle() -> Iterator[Figure]:
         seconds.append(each.seconds)
     yield Figure(f"An idle sweep over {rows:,} rows, median", statistics.median(seconds) * 1000, "ms", at_most=5)
     yield Figure("… the slowest of 200", max(seconds) * 1000, "ms")
+
+
+def due(policies: int) -> Iterator[Figure]:
+    """A sweep of backup policies that are all due at once, each of another database."""
+    day = BackupPolicy._meta.get_field("every").get_db_prep_value(timedelta(days=1), connection)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO backups_backuppolicy (database_id, every, cron, keep_for, is_enabled, next_run_at, created_at)"
+            f" SELECT n, %s, '', %s, %s, CURRENT_TIMESTAMP, CURRENT_TIMESTAMP FROM ({numbers()}) AS numbered",
+            [day, day, True, 1, policies],
+        )
+        cursor.execute("ANALYZE backups_backuppolicy")
+
+    def queue_them() -> None:
+        assert schedule_backup_policies.sweep().enqueued == policies
+
+    yield Figure(f"{policies:,} due backup policies queued", best(queue_them, before=redis().flushall), "s", at_most=1)
+    redis().flushall()
+    BackupPolicy.objects.all().delete()
+
+
+def large(megabytes: int) -> None:
+    """Make a database of this size, of what cannot be compressed."""
+    call_command("migrate", verbosity=0)
+    database = Database.objects.create(name="large", owner=get_user_model().objects.create_user("owner"))
+    create_database(database)
+    with closing(sqlite3.connect(database.path, isolation_level=None)) as user:
+        user.execute("CREATE TABLE blobs (id INTEGER PRIMARY KEY, blob BLOB)")
+        user.execute(
+            "WITH RECURSIVE of(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM of WHERE n < ?) "
+            "INSERT INTO blobs SELECT n, randomblob(4000) FROM of",
+            [megabytes * 256],
+        )
+
+
+def backup(megabytes: int) -> Iterator[Figure]:
+    """That database: its backup taken, stored and verified, and restored."""
+    database = Database.objects.get()
+    taken = Backup.objects.create(database=database)
+    with timed() as taking:
+        assert perform(take_backup, taken) == "done"
+    branch = request_restore(Backup.objects.get(), "restored", database.owner)
+    with timed() as restoring:
+        assert perform(restore_backup, branch) == "done"
+    assert Database.objects.filter(state=Database.State.READY).count() == 2
+    yield Figure(f"A backup of {megabytes:,} MB, taken and verified", taking.seconds, "s")
+    yield Figure("… its memory", taking.megabytes, "MB", at_most=100)
+    yield Figure("… restored and compared", restoring.seconds, "s")
+    yield Figure("… its memory, beyond that", restoring.megabytes, "MB", at_most=100)
 
 
 def life() -> Iterator[Figure]:
@@ -206,7 +263,46 @@ def storm() -> Iterator[Figure]:
     yield Figure(f"{rows:,} lost rows of {types} jobs, all queued again", healing.seconds, "s", at_most=60)
 
 
-def best(action: Callable[[], None], before: Callable[[], object] = lambda: None) -> float:
+def glance(runs: int) -> Iterator[Figure]:
+    """The health page with a hundred jobs, whose runs fill a day, beside the rows that are there."""
+    types, hours, rows = 100, 24, Database.objects.count()
+    registry._declared.clear()
+    for number in range(types // 2):
+        sweep(job(name=f"work_{number}")(ready), cron="* * * * *", name=f"schedule_work_{number}")(
+            Database.objects.pending
+        )
+    scheduler.tick()
+    now = clock.read()
+    Run.objects.all().delete()
+    for hour in range(hours):
+        ended = now - timedelta(hours=hour)
+        times: list[Any] = [ended - timedelta(seconds=3), ended - timedelta(seconds=0.2), ended]
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "INSERT INTO selfheal_run (job, model, object_pk, outcome, error, fingerprint, traceback, worker, "
+                "host, first_claimed_at, started_at, finished_at) SELECT 'work_' || (n %% 50), 'databases.database', "
+                "'' || n, CASE WHEN n %% 20 = 0 THEN 'failed' ELSE 'done' END, '', '', '', '', '', %s, %s, %s "
+                f"FROM ({numbers()}) AS numbered",
+                [*times, 1, runs // hours],
+            )
+    with connection.cursor() as cursor:
+        cursor.execute("VACUUM ANALYZE" if connection.vendor == "postgresql" else "ANALYZE")
+    with timed() as counting:
+        counted = tallies.count(None)
+    Claim.objects.bulk_create(
+        Claim(job=f"work_{pk % 50}", model="databases.database", object_pk=str(pk), first_claimed_at=now)
+        for pk in range(10_000)
+    )
+    found = health.read()
+    assert sum(map(sum, (item.done for item in found.items))) > 0
+    assert len(found.items) == types
+    figure = f"At a glance, {types} jobs and sweeps, {Run.objects.count():,} runs, 10,000 claims, {rows:,} rows"
+    yield Figure(figure, best(health.read) * 1000, "ms", at_most=500)
+    yield Figure("… counting these runs, an hour at a time", counting.seconds / counted * 1000, "ms an hour")
+    Claim.objects.all().delete()
+
+
+def best(action: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
     """Return the seconds of the quickest of three: what else the machine does only ever adds to them."""
     seconds = []
     for _ in range(3):
@@ -243,7 +339,7 @@ def redis() -> Redis:
 
 
 MEASURES: dict[str, Callable[..., Iterator[Figure] | None]] = {
-    each.__name__: each for each in (fill, empty, pushes, idle, life, backlog, whole, storm)
+    each.__name__: each for each in (fill, empty, pushes, idle, due, large, backup, life, backlog, whole, storm, glance)
 }
 
 
