@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
+from psycopg import sql
 from redis import Redis
 
-from config.servers import RedisServer
+from config.servers import PostgresServer, RedisServer, postgres_binary
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,32 @@ def redis(redis_server: RedisServer) -> Iterator[Redis]:
     """A plain client, to look at what is really there."""
     with Redis.from_url(redis_server.url) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """The server of which databases are asked for, one for each test process that needs it."""
+    with PostgresServer(tmp_path_factory.mktemp("postgres")) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres(postgres_server: PostgresServer, settings) -> Iterator[psycopg.Connection]:
+    """A superuser's session on that server, to look at what is really there. The server is empty again afterwards."""
+    settings.DATABASES_POSTGRES_URL = postgres_server.url
+    settings.DATABASES_POSTGRES_BIN = str(postgres_binary("pg_dump").parent)
+    with psycopg.connect(postgres_server.url, autocommit=True) as session:
+        yield session
+        for (name,) in session.execute("SELECT datname FROM pg_database WHERE oid >= 16384").fetchall():
+            session.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+        for (name,) in session.execute("SELECT rolname FROM pg_roles WHERE oid >= 16384").fetchall():
+            session.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def backups_folder(tmp_path: Path, settings) -> Path:
+    """Where this test alone keeps its backups."""
+    folder = tmp_path / "backups"
+    storage = {**settings.STORAGES["backups"], "OPTIONS": {"location": folder}}
+    settings.STORAGES = {**settings.STORAGES, "backups": storage}
+    return folder

@@ -15,7 +15,19 @@ import psycopg
 import pytest
 from packaging.requirements import Requirement
 
-OF_THE_DEVELOPER = ("REDIS_URL", "DATABASES_FOLDER", "DATABASES_PROVISIONER", "ALLOWED_HOSTS", "SECRET_KEY", "DEBUG")
+OF_THE_DEVELOPER = (
+    "REDIS_URL",
+    "DATABASES_FOLDER",
+    "DATABASES_POSTGRES_URL",
+    "DATABASES_POSTGRES_BIN",
+    "DATABASES_SQLITE_PROVISIONER",
+    "DATABASES_POSTGRES_PROVISIONER",
+    "BACKUPS_FOLDER",
+    "BACKUPS_SCRATCH",
+    "ALLOWED_HOSTS",
+    "SECRET_KEY",
+    "DEBUG",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,9 +9,10 @@ from datetime import timedelta
 
 from config import HOME
 from config.settings import *  # noqa: F403
-from config.settings import DATABASES, INSTALLED_APPS, JOBS
+from config.settings import DATABASES, INSTALLED_APPS, JOBS, MIDDLEWARE
 
 INSTALLED_APPS = [*INSTALLED_APPS, "tests.cast"]
+MIDDLEWARE = [*MIDDLEWARE, "tests.policy.strict"]
 SECRET_KEY = "for-tests-only"
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 

@@ -62,6 +62,12 @@ class Account(Stateful):
     number = models.IntegerField(primary_key=True)
 
 
+class Price(Stateful):
+    """A primary key that can be written in more than one way: 1, 1.0 and 1.00 are one row's."""
+
+    amount = models.DecimalField(primary_key=True, max_digits=8, decimal_places=2)
+
+
 class Seat(Stateful):
     """A primary key of several columns."""
 

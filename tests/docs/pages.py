@@ -31,7 +31,7 @@ FIRST = DOCS / "add-to-a-project.md"
 
 # `# shop/settings.py, at the end`: a new file, one that goes on, or one that is now another.
 NAMED = re.compile(r"# ([\w/]+\.\w+)(?:, (at the end|continued|now))?\n")
-LANGUAGES = {"python": ".py", "toml": ".toml"}
+LANGUAGES = {"python": ".py", "toml": ".toml", "ini": ".service", "yaml": ".yaml"}
 # Directives of Sphinx, which name other pages and docstrings, and hold no code. And what is only looked at.
 NOT_RUN = {"{toctree}", "{eval-rst}", "text"}
 HIDDEN_CODE = re.compile(r"```|~~~|code|literalinclude|::\s*$|>>>", re.MULTILINE)
@@ -131,6 +131,7 @@ class Project:
             if block.language == "python" and block.code.startswith("# shop/settings.py"):
                 self.write(block)
         self.files.clear()
+        self.database_is_behind = True
         if url := self.environment["DATABASE_URL"]:
             self.add_to_settings(f"import dj_database_url\nDATABASES['default'] = dj_database_url.parse({url!r})\n")
 

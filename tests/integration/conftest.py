@@ -4,18 +4,26 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from django.db import connection, connections
+from django.utils import timezone
 from redis import Redis
 from redis.connection import Connection
+from rq.utils import now
 from waffle import get_waffle_switch_model
 
 from config.servers import RedisServer
 from jobs import enqueue, queues, registry
+from jobs.models import Schedule
+from jobs.scheduler import Scheduler
+from jobs.worker import Worker
 from tests.cast.models import Task
+from tests.engines import Engine, PostgreSQL, SQLite
 
+QUEUES = ["urgent", "default", "background"]
 DEFAULT_LIST = "rq:queue:default"
 BACKGROUND_LIST = "rq:queue:background"
 URGENT_LIST = "rq:queue:urgent"
@@ -44,6 +52,24 @@ def queued(redis: Redis) -> Callable[..., list[str]]:
 def delayed(redis: Redis) -> Callable[[], dict[str, float]]:
     """What is in the delayed set, each with its time."""
     return lambda: {id.decode(): score for id, score in redis.zrange(queues.DELAYED_KEY, 0, -1, withscores=True)}
+
+
+@pytest.fixture
+def worker(redis_server: RedisServer) -> Iterator[Worker]:
+    """A worker of every queue, as Redis knows it."""
+    with Redis.from_url(redis_server.url) as own:
+        worker = Worker(QUEUES, connection=own)
+        worker.birth_date = now()
+        worker._announce("idle")
+        yield worker
+
+
+@pytest.fixture
+def at_work(worker: Worker, db: None) -> Worker:
+    """Somebody ticks, a worker waits, and every sweep has succeeded lately."""
+    Scheduler(connection=worker.connection).enqueue_jobs()
+    Schedule.objects.update(last_succeeded_at=timezone.now())
+    return worker
 
 
 @pytest.fixture
@@ -121,3 +147,12 @@ def refusing_redis(redis_server: RedisServer) -> Iterator[None]:
     redis_server.kill()
     yield
     redis_server.start()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path, settings) -> Engine:
+    """Each engine in turn, with nothing in it yet."""
+    settings.DATABASES_FOLDER = tmp_path / "databases"
+    if request.param == "sqlite":
+        return Engine(SQLite(settings.DATABASES_FOLDER))
+    return Engine(PostgreSQL(request.getfixturevalue("postgres")))

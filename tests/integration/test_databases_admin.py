@@ -1,5 +1,6 @@
 """The admin pages of databases, asked as a browser asks; what they push is looked at in a real Redis."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,8 +11,9 @@ from django.contrib.messages import get_messages
 from django.urls import reverse
 
 from config.servers import RedisServer
-from databases.models import Database
+from databases.models import Database, DeployRequest
 from databases.provisioners import Provisioned
+from tests.console import everything
 
 pytestmark = pytest.mark.django_db
 State = Database.State
@@ -54,12 +56,14 @@ def page(name: str, database: Database) -> str:
 def test_the_owner_is_the_user_unless_another_is_chosen(admin_client, admin_user):
     form = admin_client.get(reverse(ADD)).context["adminform"].form
     assert form.initial["owner"] == admin_user.pk
-    assert set(form.fields) == {"name", "owner"}
+    assert set(form.fields) == {"name", "owner", "engine"}
 
 
 def test_adding_one_saves_a_pending_row_and_queues_its_creation(admin_client, admin_user, committing, queue):
     with committing():
-        response = admin_client.post(reverse(ADD), {"name": "shop", "owner": admin_user.pk, "state": "ready"})
+        response = admin_client.post(
+            reverse(ADD), {"name": "shop", "owner": admin_user.pk, "engine": "sqlite", "state": "ready"}
+        )
 
     assert response.status_code == 302
     database = Database.objects.get()
@@ -70,7 +74,7 @@ def test_adding_one_saves_a_pending_row_and_queues_its_creation(admin_client, ad
 def test_a_bad_or_used_name_is_refused_on_the_page(admin_client, admin_user, make, queue):
     make("gone", State.DELETED)
     for name, sentence in (("../shop", "Use lower-case letters"), ("gone", "Names are not used twice")):
-        response = admin_client.post(reverse(ADD), {"name": name, "owner": admin_user.pk})
+        response = admin_client.post(reverse(ADD), {"name": name, "owner": admin_user.pk, "engine": "sqlite"})
         assert response.status_code == 200
         assert sentence in response.content.decode()
     assert Database.objects.count() == 1
@@ -83,7 +87,7 @@ def test_adding_one_succeeds_while_redis_is_away(admin_client, admin_user, commi
     with RedisServer(tmp_path) as server, committing():
         settings.RQ_QUEUES = {name: {"URL": server.url} for name in settings.RQ_QUEUES}
         getattr(server, outage)()
-        response = admin_client.post(reverse(ADD), {"name": "shop", "owner": admin_user.pk})
+        response = admin_client.post(reverse(ADD), {"name": "shop", "owner": admin_user.pk, "engine": "sqlite"})
     assert response.status_code == 302
     assert Database.objects.pending().count() == 1
 
@@ -177,11 +181,11 @@ def test_chosen_databases_are_deleted_once_that_is_confirmed(admin_client, make,
         response = admin_client.post(reverse(CHANGELIST), {**chosen, "confirmed": "yes"})
 
     assert said(response) == [
-        "Will be deleted: pending, ready.",
+        "Will be deleted: pending, ready, failed.",
         "Being deleted already: deleting.",
         "Deleted already: deleted.",
     ]
-    assert sorted(queue()) == sorted(f"delete_database-{rows[state].pk}" for state in (State.PENDING, State.READY))
+    assert sorted(queue()) == sorted(f"delete_database-{rows[state].pk}" for state in Database.DELETABLE)
     assert state_of(kept) == State.READY
     assert state_of(rows[State.DELETED]) == State.DELETED
 
@@ -214,3 +218,58 @@ def test_only_who_may_delete_can_have_databases_deleted(client, make):
 
 def test_a_database_that_is_not_there_is_not_found(admin_client):
     assert admin_client.post(reverse("admin:databases_database_delete_database", args=[7])).status_code == 404
+
+
+@pytest.mark.usefixtures("backups_folder")
+def test_times_are_shown_with_their_zone_and_how_long_ago_they_were(admin_client, client, admin_user):
+    rows = everything(admin_user)
+    said = re.compile(r">\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC</time> \((?:in )?\d+")
+    reader = get_user_model().objects.create_user("reader", is_staff=True)
+    reader.user_permissions.set(Permission.objects.filter(codename="view_backuppolicy"))
+    client.force_login(reader)
+    for row in (rows.shop, rows.deploy, rows.policy, rows.backup):
+        urls = f"admin:{row._meta.app_label}_{row._meta.model_name}"
+        change = reverse(f"{urls}_change", args=[row.pk])
+        assert said.search(admin_client.get(reverse(f"{urls}_changelist")).content.decode()), row
+        # The one time of a policy can be edited, by whoever may.
+        whose = client if row == rows.policy else admin_client
+        assert said.search(whose.get(change).content.decode()), row
+    edited = admin_client.get(reverse("admin:backups_backuppolicy_change", args=[rows.policy.pk]))
+    assert 'name="next_run_at_0"' in edited.content.decode()
+
+
+@pytest.mark.parametrize("name", ["postgres", "template1", "public", "pg_shop"])
+def test_names_that_postgresql_keeps_for_itself_are_refused_with_a_sentence(admin_client, admin_user, name):
+    asked = {"name": name, "owner": admin_user.pk, "engine": "postgresql"}
+    response = admin_client.post(reverse(ADD), asked)
+    assert "PostgreSQL keeps this name for itself" in response.content.decode()
+    assert not Database.objects.exists()
+    admin_client.post(reverse(ADD), {**asked, "engine": "sqlite"})
+    assert Database.objects.get().name == name
+
+
+def test_no_page_shows_a_password(admin_client, make):
+    database = make(state=State.READY)
+    for url in (reverse(CHANGELIST), page("change", database), page("delete_database", database)):
+        response = admin_client.get(url)
+        assert response.status_code == 200
+        assert database.password not in response.content.decode()
+
+
+def test_a_deploy_is_shown_with_its_error_and_can_be_neither_edited_nor_deleted(admin_client, admin_user, make):
+    request = DeployRequest.objects.create(
+        branch=make("branch"),
+        target=make("target"),
+        sql="ALTER TABLE x",
+        requested_by=admin_user,
+        error="no such table",
+    )
+    change = reverse("admin:databases_deployrequest_change", args=[request.pk])
+    shown = admin_client.get(change).content.decode()
+    assert "ALTER TABLE x" in shown
+    assert "no such table" in shown
+    assert 'name="_save"' not in shown
+    assert admin_client.post(change, {"sql": "DROP TABLE x"}).status_code == 403
+    assert admin_client.get(reverse("admin:databases_deployrequest_add")).status_code == 403
+    assert admin_client.get(reverse("admin:databases_deployrequest_delete", args=[request.pk])).status_code == 403
+    assert admin_client.get(reverse("admin:databases_deployrequest_changelist")).status_code == 200

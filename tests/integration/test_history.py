@@ -44,8 +44,10 @@ def test_what_is_older_than_keep_runs_is_deleted(settings):
 def test_it_is_deleted_a_batch_at_a_time(monkeypatch, django_assert_num_queries):
     monkeypatch.setattr(library, "BATCH", 3)
     runs(*[timedelta(days=20)] * 7)
-    # Three times: look, then delete; and a last look. Then the claims of jobs that are gone.
-    with django_assert_num_queries(3 * 2 + 1 + 1):
+    asks_for_the_time = connection.vendor == "postgresql"
+    # Three times: look, then delete; and a last look. The claims of jobs that are gone, and operations. A locked look
+    # at the tallies.
+    with django_assert_num_queries(asks_for_the_time + 3 * 2 + 1 + 1 + 1 + 3):
         selfheal_prune()
     assert not Run.objects.exists()
 
@@ -155,7 +157,7 @@ def test_queues_in_several_redis_are_all_looked_after(settings, task, redis_serv
     elsewhere = queues.get("background").connection
     elsewhere.zadd(queues.DELAYED_KEY, {"schedule_tasks": 0})
     redis.zadd(queues.DELAYED_KEY, {f"do_task-{task.pk}": 0})
-    assert enqueue.move_due() == 2
+    assert [enqueue.move_due(connection) for connection in queues.connections()] == [1, 1]
     assert elsewhere.lrange("rq:queue:background", 0, -1) == [b"schedule_tasks"]
     assert redis.lrange("rq:queue:default", 0, -1) == [f"do_task-{task.pk}".encode()]
     assert schedule_tasks.sweep().already_queued == 1

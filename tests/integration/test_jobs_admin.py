@@ -36,6 +36,12 @@ def change_page(row: Any) -> str:
     return reverse(f"admin:selfheal_{row._meta.model_name}_change", args=[row.pk])
 
 
+def press(client: Client, claim: Claim, action: str) -> Any:
+    """Press a button on the page of a claim."""
+    url = reverse("admin:selfheal_claim_steer", args=[claim.pk])
+    return client.post(url, {"action": action, "job": claim.job, "next": reverse("admin:selfheal_claim_changelist")})
+
+
 def test_every_page_can_be_read(admin_client: Client) -> None:
     claim = quarantined(Task.objects.create())
     run = Run.objects.create(
@@ -55,7 +61,7 @@ def test_every_page_can_be_read(admin_client: Client) -> None:
 def test_queue_now_ends_the_backing_off_and_queues(admin_client: Client, redis: Redis) -> None:
     task = Task.objects.create()
     claim = backing_off(task)
-    admin_client.post(change_page(claim), {"_queue_now": "1"})
+    press(admin_client, claim, "queue_now")
     claim.refresh_from_db()
     assert (claim.next_attempt_at, claim.attempts) == (None, 7)
     assert redis.lrange("rq:queue:default", 0, -1) == [f"do_task-{task.pk}".encode()]
@@ -65,7 +71,7 @@ def test_queue_now_ends_the_backing_off_and_queues(admin_client: Client, redis: 
 def test_release_ends_the_quarantine_and_forgets_what_was_counted(admin_client: Client, redis: Redis) -> None:
     task = Task.objects.create()
     claim = quarantined(task)
-    admin_client.post(change_page(claim), {"_release": "1"})
+    press(admin_client, claim, "release")
     claim.refresh_from_db()
     assert (claim.quarantined_at, claim.crashes, claim.deaths) == (None, 0, 0)
     assert redis.lrange("rq:queue:default", 0, -1) == [f"do_task-{task.pk}".encode()]
@@ -90,8 +96,7 @@ def test_release_with_redis_away_is_not_lost(admin_client: Client, redis_server:
     task = Task.objects.create()
     claim = quarantined(task)
     redis_server.kill()
-    response = admin_client.post(change_page(claim), {"_release": "1"})
-    assert response.status_code == 302
+    assert press(admin_client, claim, "release").status_code == 302
     redis_server.start()
     tick()
     assert redis.lrange("rq:queue:default", 0, -1) == [f"do_task-{task.pk}".encode()]
@@ -100,7 +105,7 @@ def test_release_with_redis_away_is_not_lost(admin_client: Client, redis_server:
 def test_sending_a_claims_page_writes_nothing_of_it_back(admin_client: Client) -> None:
     claim = backing_off(Task.objects.create())
     form = {"attempts": "0", "holder": "me", "lease_key": "mine", "token": "mine"}
-    admin_client.post(change_page(claim), form)
+    assert admin_client.post(change_page(claim), form).status_code == 403
     claim.refresh_from_db()
     assert (claim.attempts, claim.holder, claim.lease_key, claim.token) == (7, "", None, "")
 
@@ -117,6 +122,62 @@ def test_a_cron_override_is_checked_and_overwrites_no_more_than_itself(admin_cli
     assert (schedule.cron, schedule.limit, schedule.next_run_at) == ("*/5 * * * *", 7, moment)
 
 
+def test_a_limit_that_would_queue_nothing_is_refused_and_says_what_to_do_instead(admin_client: Client) -> None:
+    schedule = Schedule.objects.get(name="schedule_tasks")
+    page = admin_client.post(change_page(schedule), {"cron": "", "limit": "0"})
+    assert "pause it instead" in page.content.decode()
+    schedule.refresh_from_db()
+    assert schedule.limit is None
+    admin_client.post(change_page(schedule), {"cron": "", "limit": "1"})
+    schedule.refresh_from_db()
+    assert schedule.limit == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "offered"),
+    [("schedule_tasks", {"cron", "limit"}), ("nightly", {"cron"}), ("do_task", set()), ("touch_file", set())],
+)
+def test_only_what_has_a_schedule_can_be_given_another_one(admin_client: Client, name: str, offered: set[str]) -> None:
+    schedule, _ = Schedule.objects.get_or_create(name=name)
+    page = admin_client.get(change_page(schedule)).content.decode()
+    assert {field for field in ("cron", "limit") if f'name="{field}"' in page} == offered
+    admin_client.post(change_page(schedule), {"cron": "5 4 * * *", "limit": "7"})
+    schedule.refresh_from_db()
+    assert {field for field in ("cron", "limit") if getattr(schedule, field)} == offered
+    # Nor does one that it was given before stand in the list as if it ran then.
+    Schedule.objects.filter(pk=name).update(cron="5 4 * * *")
+    page = admin_client.get(reverse("admin:selfheal_schedule_changelist")).content.decode()
+    assert page.count("5\N{NO-BREAK SPACE}4") == len(offered & {"cron"})
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("schedule", ["q", "o", "p", "name"]),
+        ("claim", ["q", "o", "p", "job", "state", "model", "id"]),
+        ("run", ["q", "o", "p", "job", "error", "outcome__exact", "finished_at__gte"]),
+        ("operation", ["o", "p", "action__exact"]),
+        ("failure", ["q", "p", "job", "period"]),
+        ("health", ["q"]),
+    ],
+)
+def test_no_parameter_is_too_odd_to_be_answered(admin_client: Client, model: str, parameters: list[str]) -> None:
+    admin_client.raise_request_exception = False
+    page = reverse(f"admin:selfheal_{model}_changelist")
+    for value in ("\0", "disk\0", "9" * 30, "9" * 5000, "-1", "1e999"):
+        for parameter in parameters:
+            answer = admin_client.get(page, {parameter: value}).status_code
+            assert answer in ([400] if "\0" in value else [200, 302]), (parameter, value[:40])
+        if model in ("schedule", "claim"):
+            for action in ("pause", "dry_run") if model == "schedule" else ("release", "quarantine"):
+                answer = admin_client.post(page, {"action": action, "_selected_action": [value]}).status_code
+                assert answer in (200, 302, 400), (action, value[:40])
+    if model in ("schedule", "claim", "run", "operation"):
+        for value in ("%00", "x%00", "9" * 30, "-1"):
+            for more in ("change", "history"):
+                assert admin_client.get(f"{page}{value}/{more}/").status_code == 302, (value, more)
+
+
 def test_run_now_owes_a_run_which_the_next_tick_queues(admin_client: Client, redis: Redis) -> None:
     tick()
     chosen = {"action": "run_now", "_selected_action": ["nightly", "do_task"]}
@@ -131,12 +192,12 @@ def test_who_may_only_look_can_only_look(client: Client) -> None:
     client.force_login(user)
     claim = quarantined(Task.objects.create())
     schedule = Schedule.objects.get(name="nightly")
-    page = client.get(change_page(claim)).content.decode()
-    assert "_release" not in page
-    assert client.post(change_page(claim), {"_release": "1"}).status_code == 403
+    assert "Release from quarantine" not in client.get(change_page(claim)).content.decode()
+    assert press(client, claim, "release").status_code == 403
     assert client.post(change_page(schedule), {"cron": "* * * * *"}).status_code == 403
     changelist = reverse("admin:selfheal_claim_changelist")
-    client.post(changelist, {"action": "release", "_selected_action": [claim.pk]})
+    response = client.post(changelist, {"action": "release", "_selected_action": [claim.pk]})
+    assert response.status_code == 403
     claim.refresh_from_db()
     assert claim.quarantined_at is not None
 
@@ -149,3 +210,19 @@ def test_nobody_adds_or_deletes_what_the_library_writes(admin_client: Client) ->
         admin_client.post(reverse("admin:selfheal_claim_delete", args=[claim.pk]), {"post": "yes"}).status_code == 403
     )
     assert Claim.objects.filter(pk=claim.pk).exists()
+
+
+def test_times_are_shown_with_their_zone_and_how_long_ago_they_were(admin_client):
+    finished = timezone.now() - timedelta(minutes=3)
+    run = Run.objects.create(
+        job="do_task", model="cast.task", object_pk="1", outcome="failed", started_at=finished, finished_at=finished
+    )
+    Schedule.objects.filter(name="schedule_tasks").update(last_finished_at=finished)
+    said = f"{finished:%Y-%m-%d %H:%M:%S} UTC</time> (3\N{NO-BREAK SPACE}minutes ago)"
+    for page in (
+        reverse("admin:selfheal_run_changelist"),
+        change_page(run),
+        reverse("admin:selfheal_schedule_changelist"),
+        reverse("admin:selfheal_schedule_change", args=["schedule_tasks"]),
+    ):
+        assert said in admin_client.get(page).content.decode(), page

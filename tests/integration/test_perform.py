@@ -416,6 +416,22 @@ def test_a_database_that_is_away_when_the_end_is_written_down_is_asked_again(
     assert not Claim.objects.exists()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("No space left"), NoLongerNeeded("gone")])
+def test_a_job_that_ends_in_the_middle_of_a_query_is_written_down_at_once(doing, race, transactional_db, caplog, error):
+    """SQLite does not let a session write that is still reading what is older than somebody else's write."""
+    first, *others = (Task.objects.create() for _ in range(5))
+
+    def work(row: Task) -> None:
+        tasks = Task.objects.iterator(chunk_size=1)
+        for _ in tasks:
+            race(lambda: Task.objects.filter(pk=others[0].pk).update(writes=7))
+            raise error
+
+    perform(doing(work), first)
+    assert "could not be written down" not in caplog.text
+    assert not Claim.objects.filter(lease_key__isnull=False).exists()
+
+
 # --- In somebody's TestCase -------------------------------------------------------------------------------------------
 
 

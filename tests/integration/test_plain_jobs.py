@@ -11,13 +11,14 @@ from django.db import transaction
 from django.utils import timezone
 from redis import Redis
 
+from config.servers import free_port
 from jobs import Backoff, QueueUnavailable, clock, enqueue, job, queues, registry
 from jobs import perform as performing
 from jobs.message import Message
 from jobs.models import Claim, Run
 from jobs.testing import drain, tick
 from tests.cast.jobs import nightly, touch_file, unique_until_done, unique_until_start
-from tests.integration.conftest import URGENT_LIST
+from tests.integration.conftest import DEFAULT_LIST, URGENT_LIST
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -36,11 +37,13 @@ def attempts(file: Path) -> Callable[[], int]:
     return lambda: len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def pass_time() -> None:
-    """Until every backoff and every time limit is over: what waits comes back into the queue."""
+def pass_time(seconds: float = LATER.total_seconds()) -> None:
+    """Until every backoff and every time limit is over: what waits or got lost comes back into the queue."""
     # Only this part of a tick: the sweeps of the cast come due every other second, and are not what is counted here.
-    with clock.fixed(timezone.now() + LATER):
-        enqueue.move_due()
+    with clock.fixed(timezone.now() + timedelta(seconds=seconds)):
+        for connection in queues.connections():
+            enqueue.move_due(connection)
+            enqueue.find_lost_calls(connection)
 
 
 def leftovers(redis: Redis) -> set[bytes]:
@@ -57,6 +60,12 @@ def test_what_is_lost_of_a_call_is_not_kept_for_ever(file, redis, queued):
     redis.expire(f"rq:job:{id}", 100)
     enqueue.start_call(Message.fetch(id, connection=redis), redis, 100)
     assert redis.ttl(f"rq:job:{id}") > 100
+
+
+def test_what_waits_for_long_is_kept_for_as_long(file, redis, delayed):
+    touch_file.enqueue_with_jitter(str(file), min_wait=timedelta(days=60), max_wait=timedelta(days=90))
+    [(id, due_at)] = delayed().items()
+    assert time.time() + redis.ttl(f"rq:job:{id}") - due_at > timedelta(days=29).total_seconds()
 
 
 # --- Attempts ---------------------------------------------------------------------------------------------------------
@@ -218,16 +227,138 @@ def test_losing_redis_loses_the_call_and_breaks_nothing(file, redis, attempts):
     assert drain() == {"done": 1}
 
 
-@pytest.mark.parametrize("lost", ["hash", "list"])
-def test_losing_half_of_it_too(file, redis, attempts, queued, lost, caplog):
+def test_losing_its_arguments_too(file, redis, attempts, queued, caplog):
     touch_file.enqueue(str(file))
     [id] = queued(URGENT_LIST)
-    redis.delete(f"rq:job:{id}" if lost == "hash" else URGENT_LIST)
+    redis.delete(f"rq:job:{id}")
     assert drain() == {}
-    if lost == "hash":
-        assert "its arguments are gone from Redis" in caplog.text
+    assert "its arguments are gone from Redis" in caplog.text
+    pass_time()
+    assert leftovers(redis) == set()
     touch_file.enqueue(str(file))
     assert drain() == {"done": 1}
+
+
+# --- Lost on its way --------------------------------------------------------------------------------------------------
+
+
+def test_one_whose_worker_died_before_it_was_started_comes_back(file, redis, attempts, queued):
+    touch_file.enqueue(str(file))
+    [id] = queued(URGENT_LIST)
+    assert redis.lpop(URGENT_LIST).decode() == id
+    pass_time(50)
+    assert queued(URGENT_LIST) == []
+    pass_time(70)
+    assert queued(URGENT_LIST) == [id]
+    assert drain() == {"done": 1}
+    assert attempts() == 1
+    assert leftovers(redis) == set()
+
+
+def test_the_scheduler_looks_for_it(file, redis, queued):
+    touch_file.enqueue(str(file))
+    redis.delete(URGENT_LIST)
+    tick(timezone.now() + timedelta(seconds=70))
+    assert len([id for id in queued(URGENT_LIST) if id.startswith("touch_file-")]) == 1
+
+
+def test_those_that_are_in_their_places_are_left_there(file, redis, queued, delayed):
+    touch_file.enqueue(str(file))
+    touch_file.enqueue(str(file), fail_times=1)
+    touch_file.enqueue_with_jitter(str(file), min_wait=4 * LATER, max_wait=5 * LATER)
+    in_work = Message.fetch(redis.lpop(URGENT_LIST).decode(), connection=redis)
+    assert enqueue.start_call(in_work, redis, 3 * LATER.total_seconds()) == 1
+    before = queued(URGENT_LIST), delayed()
+    for _ in range(3):
+        pass_time()
+    assert (queued(URGENT_LIST), delayed()) == before
+
+
+def test_a_copy_is_not_run_beside_it(file, redis, attempts, queued):
+    touch_file.enqueue(str(file))
+    [id] = queued(URGENT_LIST)
+    slow = Message.fetch(redis.lpop(URGENT_LIST).decode(), connection=redis)
+    pass_time(70)
+    assert queued(URGENT_LIST) == [id]
+    # Its worker was only slow. Whoever comes second leaves it to the first.
+    assert enqueue.start_call(slow, redis, 100) == 1
+    assert drain() == {"not_needed": 1}
+    assert attempts() == 0
+    enqueue.end_call(slow, redis)
+    assert leftovers(redis) == set()
+
+
+def test_what_nobody_can_read_is_looked_for_once(file, redis, queued, caplog):
+    touch_file.enqueue(str(file))
+    [id] = queued(URGENT_LIST)
+    redis.hset(f"rq:job:{id}", "data", "nonsense")
+    assert drain() == {}
+    assert "its arguments cannot be read" in caplog.text
+    pass_time()
+    assert queued(URGENT_LIST) == []
+
+
+@pytest.mark.parametrize("id", ["touch_file-0", "do_task-1", "os.system", "", b"\xff\x00"])
+def test_what_is_no_call_is_not_looked_for_again(redis, queued, id):
+    redis.zadd(queues.CALLS_KEY, {id: 0})
+    pass_time()
+    assert leftovers(redis) == set()
+
+
+def test_so_many_at_a_time(file, redis, queued):
+    touch_file.enqueue_many([str(file)] * 2300)
+    redis.delete(URGENT_LIST)
+    for found in (1000, 2000, 2300, 2300):
+        pass_time(70)
+        assert len(set(queued(URGENT_LIST))) == len(queued(URGENT_LIST)) == found
+
+
+def test_a_list_that_is_too_long_is_not_searched(file, redis, queued, monkeypatch, declaring):
+    """To read all of it would hold up Redis at every tick. A call in another list is found meanwhile."""
+    monkeypatch.setattr(enqueue, "LOOKED_FOR", 5)
+
+    @job
+    def elsewhere():
+        pass
+
+    touch_file.enqueue_many([str(file)] * 7)
+    redis.lpop(URGENT_LIST)
+    elsewhere.enqueue()
+    redis.delete(DEFAULT_LIST)
+    for minutes in (2, 4, 6, 8):
+        pass_time(60 * minutes)
+    assert len(queued(URGENT_LIST)) == 6
+    assert len(queued(DEFAULT_LIST)) == 1
+    assert drain() == {"done": 7}
+    for minutes in (10, 12):
+        pass_time(60 * minutes)
+    assert drain() == {"done": 1}
+
+
+def test_two_who_look_at_once_queue_it_once(file, redis, queued, race):
+    touch_file.enqueue_many([str(file)] * 20)
+    redis.delete(URGENT_LIST)
+    race(*[lambda: pass_time(70)] * 4)
+    assert len(queued(URGENT_LIST)) == 20
+
+
+def test_one_redis_that_is_away_keeps_no_other_from_being_searched(file, redis, queued, settings):
+    away = {"URL": f"redis://localhost:{free_port()}"}
+    touch_file.enqueue(str(file))
+    redis.delete(URGENT_LIST)
+    settings.RQ_QUEUES = {"elsewhere": away, **settings.RQ_QUEUES}
+    with pytest.raises(Exception, match="refused"):
+        tick(timezone.now() + timedelta(seconds=70))
+    assert len([id for id in queued(URGENT_LIST) if id.startswith("touch_file-")]) == 1
+
+
+def test_a_place_is_not_taken_by_a_call_that_could_not_be_queued(redis, queued):
+    redis.set(queues.CALLS_KEY, "not a set")
+    with pytest.raises(QueueUnavailable):
+        unique_until_done.enqueue(1)
+    redis.delete(queues.CALLS_KEY)
+    unique_until_done.enqueue(1)
+    assert len(queued(URGENT_LIST)) == 1
 
 
 # --- Unique -----------------------------------------------------------------------------------------------------------
@@ -339,9 +470,10 @@ def test_until_start_a_later_attempt_does_not_free_the_place_of_a_newer_call(dec
     [newer] = queued(URGENT_LIST)
     [key] = redis.keys("selfheal:unique:*")
     assert redis.get(key).decode() == newer
-    # The first call's second attempt begins, and ends.
+    # The newer one is taken by somebody. The first call's second attempt begins, and ends.
     redis.lpop(URGENT_LIST)
-    pass_time()
+    with clock.fixed(timezone.now() + LATER):
+        enqueue.move_due(redis)
     assert drain_one() == "failed"
     assert redis.get(key).decode() == newer
     once.enqueue()
@@ -437,6 +569,27 @@ def test_a_call_of_a_job_that_is_no_longer_declared_is_dropped_and_logged(queued
         short_lived.enqueue()
     assert drain() == {}
     assert "no job or sweep named 'short_lived' is declared in this project" in caplog.text
+
+
+def test_a_call_that_an_old_worker_does_not_know_is_kept_for_a_new_one(queued, redis, caplog):
+    """In the middle of a deploy, both are there."""
+    done: list[int] = []
+    with registry.sandbox():
+
+        def brand_new(number):
+            done.append(number)
+
+        job(queue="urgent")(brand_new).enqueue(7)
+    assert drain() == {}
+    pass_time(70)
+    assert queued(URGENT_LIST) == []
+    assert len(caplog.records) == 1
+    with registry.sandbox():
+        job(queue="urgent")(brand_new)
+        pass_time(140)
+        assert drain() == {"done": 1}
+    assert done == [7]
+    assert leftovers(redis) == set()
 
 
 def test_a_queue_that_was_taken_out_of_the_settings_says_so(settings, declaring):

@@ -5,15 +5,19 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import pytest
 from django.db import connection, connections
-from django.db.models import Count, Exists, F, Model, OuterRef, Q, QuerySet
+from django.db.models import Count, Exists, F, Model, OuterRef, Q, QuerySet, Window
+from django.db.models.functions import RowNumber
+from django.test.utils import CaptureQueriesContext
 from redis import Redis
 
 from jobs import SweepResult, enqueue, job, sweep, with_lock
 from jobs.exceptions import Misconfigured
+from jobs.message import pk_of
 from jobs.models import Claim, Run
 from jobs.sweep import Sweep
 from jobs.testing import drain, perform, tick
@@ -22,6 +26,7 @@ from tests.cast.models import (
     Keyed,
     Parcel,
     Passport,
+    Price,
     Seat,
     Secret,
     Sticker,
@@ -106,6 +111,7 @@ TEXTS += ["new\nline", "a-b_c.d:e", "%s {} '; --", "[1, 2]", "None", "\u00e1", "
 
 KEYS: dict[str, Callable[[], list[Any]]] = {
     "whole numbers": lambda: [Account(number=number) for number in (42, 0, -1, -(2**31))],
+    "decimal": lambda: [Price(amount=Decimal("1.50")), Price(amount=Decimal("-0.01"))],
     "uuid": lambda: [Ticket(id=uuid.UUID("00000000-0000-4000-8000-00000000000a")), Ticket()],
     "another row's": lambda: [Passport(ticket=Ticket.objects.create())],
     "several columns": lambda: [
@@ -129,6 +135,49 @@ def make(kind: str, state: str = "pending") -> list[Any]:
 def test_a_primary_key_of_any_kind(sweeping, go_the_whole_way, kind):
     rows = make(kind)
     go_the_whole_way(sweeping(pending(type(rows[0]))), *rows)
+
+
+@pytest.mark.parametrize("spelt", ["1.5", Decimal("1.5"), 1.5, "1.500"])
+def test_a_key_that_is_spelt_otherwise_is_the_same_row(nothing_else, spelt, django_capture_on_commit_callbacks):
+    price = Price.objects.create(amount=Decimal("1.50"))
+    ended: list[Any] = []
+
+    @job
+    def finish(row: Price) -> None:
+        ended.append(perform(finish, Decimal("1.5") if ended else spelt))
+        ended.append(perform(finish, price.pk))
+        with with_lock(row):
+            row.state = "done"
+            row.save(update_fields=["state"])
+
+    sweep(finish, cron="0 0 1 1 *", name="finish_all")(pending(Price))
+    with django_capture_on_commit_callbacks(execute=True):
+        finish.enqueue(spelt)
+    assert drain() == {"done": 1}
+    # While it was at work, nobody else was, by whichever spelling.
+    assert ended == ["busy", "busy"]
+    assert state(price) == "done"
+    assert list(Run.objects.values_list("object_pk", "outcome")) == [("1.50", "done")]
+    assert not Claim.objects.exists()
+
+
+def test_a_change_meanwhile_is_seen_by_any_spelling(sweeping):
+    price = Price.objects.create(amount=Decimal("1.50"))
+    swept = sweeping(pending(Price))
+
+    @job
+    def finish(row: Price) -> None:
+        Price.objects.update(state="deleting")
+        with with_lock(Price(amount="1.50")):
+            pytest.fail("the row needs this no more")
+
+    swept.job.function = finish.function
+    assert perform(swept.job, "1.5") == "not_needed"
+    assert state(price) == "deleting"
+
+
+def test_a_row_whose_key_was_set_as_text(sweeping, go_the_whole_way):
+    go_the_whole_way(sweeping(pending(Ticket)), Ticket.objects.create(id=uuid.uuid4().hex))
 
 
 @pytest.mark.parametrize("kind", KEYS)
@@ -174,6 +223,21 @@ def test_a_sweep_of_an_inherited_model(sweeping, go_the_whole_way):
     truck = Truck.objects.create()
     go_the_whole_way(sweeping(pending(Truck)), truck)
     assert Vehicle.objects.filter(state="pending").count() == 1
+
+
+def test_a_sweep_that_loads_little_of_an_inherited_row(nothing_else, django_assert_num_queries):
+    truck = Truck.objects.create()
+
+    @job
+    def finish(row: Truck) -> None:
+        Truck.objects.filter(pk=row.pk).update(state="done")
+
+    sweep(finish, cron="0 0 1 1 *", name="finish_all")(lambda: Truck.objects.filter(state="pending").only("load"))
+    assert perform(finish, truck) == "done"
+    assert perform(finish, truck.pk) == "not_needed"
+    [loaded] = Truck.objects.only("load")
+    with django_assert_num_queries(0):
+        assert pk_of(loaded) == str(truck.pk)
 
 
 def test_a_sweep_of_the_model_that_others_inherit(sweeping, go_the_whole_way):
@@ -241,6 +305,23 @@ def test_rows_that_the_default_manager_hides(sweeping, go_the_whole_way):
     secret = Secret.everything.create()
     assert not Secret.objects.exists()
     go_the_whole_way(sweeping(lambda: Secret.everything.filter(state="pending")), secret)
+
+
+def test_rows_that_even_the_base_manager_hides(nothing_else, monkeypatch):
+    secret = Secret.everything.create()
+    monkeypatch.setitem(vars(Secret._meta), "base_manager", Secret.objects)
+
+    @job
+    def finish(row: Secret) -> None:
+        with with_lock(row):
+            # Django's own save() would not find it either.
+            Secret.everything.filter(pk=row.pk).update(state="done")
+
+    sweep(finish, cron="0 0 1 1 *", name="finish_all")(lambda: Secret.everything.filter(state="pending"))
+    assert perform(finish, secret) == "done"
+    # And outside a job.
+    with with_lock(secret):
+        assert secret.state == "done"
 
 
 def test_rows_that_become_hidden_from_the_sweep_are_left_alone(sweeping):
@@ -327,6 +408,36 @@ def test_the_heaviest_come_first_as_the_model_says(sweeping, redis):
     assert redis.lrange("rq:queue:default", 0, -1) == [b"finish-%d" % heavy.pk, b"finish-%d" % light.pk]
 
 
+@pytest.mark.parametrize("limit", [2, 20])
+def test_ordered_by_what_there_are_many_of_each_comes_once(sweeping, redis, limit):
+    """A row that comes fifty times must not use up the limit of the others."""
+    first, second, third = (Parcel.objects.create() for _ in range(3))
+    Sticker.objects.bulk_create(Sticker(parcel=first, colour="a") for _ in range(50))
+    Sticker.objects.bulk_create(Sticker(parcel=parcel, colour="b") for parcel in (second, third))
+    swept = sweeping(lambda: parcels().order_by("stickers__colour", "pk"), limit=limit, batch_size=2)
+    assert swept.sweep().enqueued == min(limit, 3)
+    names = [b"finish-%d" % parcel.pk for parcel in (first, second, third)]
+    assert redis.lrange("rq:queue:default", 0, -1) == names[:limit]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda: Parcel.objects.filter(vehicle__wheels=4),
+        lambda: Parcel.objects.order_by("vehicle__state"),
+        lambda: Truck.objects.filter(wheels=4),
+        lambda: Vehicle.objects.filter(truck__load=0),
+        lambda: Passport.objects.exclude(ticket__state="lost"),
+    ],
+)
+def test_a_join_to_one_row_reads_no_more_than_the_limit(sweeping, rows):
+    """However many there are: no more than can be queued."""
+    swept = sweeping(rows, limit=7)
+    with CaptureQueriesContext(connection) as queries:
+        swept.sweep()
+    assert [sql for query in queries if "JOIN" in (sql := query["sql"]) and "LIMIT 7" in sql]
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
@@ -342,6 +453,10 @@ def test_the_heaviest_come_first_as_the_model_says(sweeping, redis):
         (lambda: parcels().values("pk"), "returned values; return a queryset of the rows themselves"),
         (lambda: parcels().values_list("pk"), "returned values"),
         (lambda: parcels().select_for_update(), "Remove select_for_update(): with_lock() locks"),
+        (
+            lambda: parcels().alias(place=Window(RowNumber(), partition_by="weight")).filter(place=1),
+            "filtered by a window function, which sees other rows when it is asked about one of them",
+        ),
         (lambda: parcels().distinct("weight"), "means another set of rows when it is asked about one of them"),
     ],
 )

@@ -32,7 +32,8 @@ class Run:
             "REDIS_URL",
             "DATABASE_URL",
             "DATABASES_FOLDER",
-            "DATABASES_PROVISIONER",
+            "DATABASES_SQLITE_PROVISIONER",
+            "DATABASES_POSTGRES_URL",
         ):
             environment.pop(name, None)
         with self.log.open("wb") as log:
@@ -61,11 +62,13 @@ class Run:
         return self.process.wait(30)
 
     def processes(self) -> list[int]:
-        """Whatever lives and belongs to this folder, its Redis included."""
+        """Whatever lives and belongs to this folder, its servers included; of PostgreSQL's many the first."""
 
         def belongs(process: psutil.Process) -> bool:
             try:
-                return process.environ().get("SELFHEAL_HOME") == str(self.home)
+                ours = process.environ().get("SELFHEAL_HOME") == str(self.home)
+                parent = process.parent()
+                return ours and not (process.name() == "postgres" and parent and parent.name() == "postgres")
             except psutil.Error:
                 return False
 
@@ -99,9 +102,9 @@ def test_it_serves_the_admin_until_ctrl_c_and_leaves_nothing(start):
     run.wait_until_up()
 
     assert "Log in" in fetch(port)
-    assert f"http://127.0.0.1:{port}/admin/   user admin, password " in run.said
-    # Scheduler, four workers, web, Redis, and the one that runs them.
-    assert len(run.processes()) == 8
+    assert f"http://127.0.0.1:{port}/         user admin, password " in run.said
+    # Scheduler, four workers, web, Redis, PostgreSQL, and the one that runs them.
+    assert len(run.processes()) == 9
 
     assert run.end(signal.SIGINT) == 0
     assert run.processes() == []
@@ -113,14 +116,16 @@ def test_after_a_kill_the_next_run_ends_what_was_left_and_says_the_same_password
     first = start(port)
     first.wait_until_up()
     password = re.search(r"password (\S+)", first.said)[1]
+    servers_port = (first.home / "postgres-port").read_text()
     first.end(signal.SIGKILL)
     left = first.processes()
-    assert len(left) == 7
+    assert len(left) == 8
 
     second = start(port)
     second.wait_until_up()
 
     assert f"password {password}\n" in second.said
+    assert (second.home / "postgres-port").read_text() == servers_port
     assert not set(left) & set(second.processes())
     assert "Log in" in fetch(port)
     assert second.end(signal.SIGTERM) == 0

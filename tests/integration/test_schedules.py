@@ -13,7 +13,7 @@ from waffle import get_waffle_switch_model
 
 from jobs import Backoff, claims, clock, job, queues, registry, scheduler, sweep
 from jobs.claims import Attempt
-from jobs.exceptions import Misconfigured
+from jobs.exceptions import Misconfigured, NoLongerNeeded
 from jobs.job import Declared, Job
 from jobs.models import Claim, Run, Schedule
 from jobs.testing import drain, tick
@@ -579,6 +579,18 @@ def test_a_copy_that_was_queued_before_is_dropped_when_it_is_popped_and_owed_sti
     switch("hourly", on=False)
     assert tick() == ["hourly"]
     assert drain() == {"done": 1}
+
+
+def test_a_cron_job_that_finds_nothing_to_do_has_done_its_run(nothing_else):
+    @job(cron="0 * * * *")
+    def hourly():
+        raise NoLongerNeeded("of no use today")
+
+    owe(hourly)
+    tick()
+    assert drain() == {"done": 1}
+    assert tick() == []
+    assert schedule(hourly).last_outcome == "done"
 
 
 # --- The rows of the schedules ----------------------------------------------------------------------------------------

@@ -8,7 +8,13 @@ from django.contrib.auth import get_user_model
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from databases.jobs import schedule_database_deletions, schedule_databases
+from backups.jobs import (
+    schedule_backup_clean_up,
+    schedule_backup_policies,
+    schedule_backups,
+    schedule_restores,
+)
+from databases.jobs import schedule_branches, schedule_database_deletions, schedule_databases
 from databases.models import Database
 from jobs.models import Claim
 from jobs.sweep import Sweep
@@ -26,11 +32,28 @@ def many_ready(db: None) -> None:
     owner = get_user_model().objects.create_user("owner")
     with connection.cursor() as cursor:
         cursor.execute(
-            "INSERT INTO databases_database (name, owner_id, state, created_at, path) "
-            "SELECT 'db_' || n, %s, 'ready', now(), '' FROM generate_series(1, %s) n",
+            "INSERT INTO databases_database (name, owner_id, engine, origin, state, error, ended_sessions, password, "
+            "created_at, path) SELECT 'db_' || n, %s, 'sqlite', 'empty', 'ready', '', '', '', now(), '' "
+            "FROM generate_series(1, %s) n",
             [owner.pk, MANY],
         )
         cursor.execute("ANALYZE databases_database")
+
+
+@pytest.fixture
+def many_kept(many_ready: None) -> None:
+    """Of each of them a policy that is not due, and a backup that is kept for longer."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO backups_backuppolicy (database_id, every, cron, keep_for, is_enabled, next_run_at, created_at)"
+            "SELECT id, '1 day', '', '7 days', true, now() + '1 hour', now() FROM databases_database"
+        )
+        cursor.execute(
+            "INSERT INTO backups_backup (database_id, policy_id, state, error, file, sha256, contents, created_at, "
+            "taken_at, keep_until) SELECT database_id, id, 'ready', '', '', '', '{}', now(), now(), now() + '1 day' "
+            "FROM backups_backuppolicy"
+        )
+        cursor.execute("ANALYZE backups_backuppolicy, backups_backup")
 
 
 def plans(sweep: Sweep) -> list[str]:
@@ -56,13 +79,35 @@ def cursors(request: Any, monkeypatch: Any) -> None:
 @pytest.mark.usefixtures("cursors", "many_ready")
 @pytest.mark.parametrize(
     ("sweep", "index"),
-    [(schedule_databases, "databases_pending"), (schedule_database_deletions, "databases_deleting")],
+    [
+        (schedule_databases, "databases_pending"),
+        (schedule_branches, "databases_pending"),
+        (schedule_database_deletions, "databases_deleting"),
+    ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_an_idle_sweep_reads_the_index_alone(sweep, index):
     for explained in plans(sweep):
         assert re.search(rf"Index (Only )?Scan using {index}", explained), explained
         assert "Seq Scan" not in explained
+
+
+@pytest.mark.usefixtures("many_kept")
+@pytest.mark.parametrize(
+    ("sweep", "indexes"),
+    [
+        (schedule_backup_policies, ["backups_policies_due"]),
+        (schedule_backups, ["backups_pending"]),
+        (schedule_restores, ["databases_pending"]),
+        (schedule_backup_clean_up, ["backups_deleting", "backups_kept", "backups_useless"]),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_those_of_the_backups_do_too(sweep, indexes):
+    for explained in plans(sweep):
+        assert all(re.search(rf"Scan (using|on) {index}", explained) for index in indexes), explained
+        # Of what is found there each other table is asked by its key; none is read from one end to the other.
+        assert "Seq Scan" not in explained.replace("Seq Scan on backups_restore", ""), explained
 
 
 @pytest.mark.usefixtures("cursors", "many_ready")

@@ -5,6 +5,7 @@ Code, settings and commands come out of README.md, so what it tells people to do
 
 import os
 import re
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -27,7 +28,7 @@ README = (BASE_DIR / "README.md").read_text()
 # The Python blocks that begin with a file's name, by that name, and the commands that `manage.py` is given.
 CODE = dict(re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
 COMMANDS = [
-    line.partition(" #")[0].split() for line in re.findall(r"^\$ python manage\.py (.+)$", README, re.MULTILINE)
+    shlex.split(line, comments=True) for line in re.findall(r"^\$ python manage\.py (.+)$", README, re.MULTILINE)
 ]
 # A project that Django has just made keeps its rows in SQLite.
 pytestmark = pytest.mark.sqlite
@@ -110,7 +111,7 @@ def test_it_holds_the_app_and_nothing_else(wheel):
     files = (path for path in (BASE_DIR / "jobs").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     assert names == {path.relative_to(BASE_DIR).as_posix() for path in files}
     assert {"jobs/__init__.py", "jobs/py.typed", "jobs/migrations/0001_the_truth_about_work.py"} <= names
-    assert "jobs/templates/admin/selfheal/claim/change_form.html" in names
+    assert {"jobs/templates/admin/selfheal/explained.html", "jobs/static/jobs/explain.css"} <= names
 
 
 def test_it_says_what_it_is(wheel):
@@ -179,6 +180,7 @@ OF_THE_README = {
     "databases": {
         "models.py": MODELS_BEGIN + CODE["databases/models.py"],
         "jobs.py": JOBS_BEGIN + CODE["databases/jobs.py"],
+        "admin.py": CODE["databases/admin.py"],
     }
 }
 LABELLED = {"vacancies": {"apps.py": LABELLED_JOBS, "models.py": VACANCY}}
@@ -187,7 +189,7 @@ LABELLED = {"vacancies": {"apps.py": LABELLED_JOBS, "models.py": VACANCY}}
 @pytest.mark.parametrize("others", [{}, LABELLED], ids=["alone", "beside an app with the label jobs"])
 def test_a_strangers_project_heals(others, python, tmp_path, redis_server: RedisServer, redis: Redis):
     project = Project(python, tmp_path / "project", redis_server.url, {**others, **OF_THE_README})
-    migrate, scheduler, worker = COMMANDS
+    migrate, scheduler, worker, *steering = COMMANDS
     assert migrate == ["migrate"]
     where = project.manage("shell", "-c", "import jobs; print(jobs.__file__)")
     assert str(python.parent.parent) in where
@@ -229,3 +231,7 @@ def test_a_strangers_project_heals(others, python, tmp_path, redis_server: Redis
     assert project.execute("SELECT count(*) FROM selfheal_claim") == [(0,)]
     outcomes = project.execute("SELECT DISTINCT outcome FROM selfheal_run WHERE job = 'create_database'")
     assert outcomes == [("done",)]
+    if not others:
+        assert [command[1] for command in steering] == ["status", "explain", "pause", "resume", "sweep", "retry"]
+        for command in steering:
+            project.manage(*command)

@@ -4,8 +4,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from django.utils import timezone
 from waffle.models import Switch
 
+from jobs import clock, enqueue
 from jobs.models import Run
 from tests.cast.jobs import do_task, touch_file
 from tests.cast.models import Task
@@ -80,6 +82,25 @@ def test_killed_with_its_worker(stack: Stack, file: Path) -> None:
     stack.wait_for(lambda: outcomes() == ["done"], "delivered again")
     wait_until_forgotten(stack)
     assert attempts(file) == 2
+
+
+@pytest.mark.parametrize(
+    "trap",
+    [Trap("before", "jobs.worker.Worker.execute_job"), Trap("before", "jobs.enqueue.start_call", with_parent=True)],
+    ids=str,
+)
+def test_worker_killed_before_anybody_starts_it(stack: Stack, file: Path, trap: Trap) -> None:
+    """It is in no list any more, and in no other place yet."""
+    stack.worker(trap=trap)
+    touch_file.enqueue(str(file))
+    stack.wait_until_sprung(trap)
+    stack.wait_for(lambda: not stack.queued("urgent"), "taken")
+    assert stack.delayed() == {}
+    with clock.fixed(timezone.now() + timedelta(seconds=enqueue.LOST_AFTER + 1)):
+        assert enqueue.find_lost_calls(stack.client) == 1
+    stack.wait_for(lambda: outcomes() == ["done"], "found")
+    wait_until_forgotten(stack)
+    assert attempts(file) == 1
 
 
 @pytest.mark.parametrize(

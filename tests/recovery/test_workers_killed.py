@@ -1,8 +1,14 @@
 """SIGKILL to a worker, to its child, to both, at every step of a message's life."""
 
-import pytest
+import json
 
-from jobs.models import Claim, Run, Schedule
+import pytest
+from django.utils import timezone
+
+from jobs import operations, pauses
+from jobs.jobs import selfheal_operate
+from jobs.models import Claim, Operation, Run, Schedule
+from jobs.testing import perform
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import A_LONG_LEASE, LEASE, Stack
@@ -22,9 +28,27 @@ def test_worker_and_child_killed(stack: Stack) -> None:
     assert stack.writes(task) == 1
 
 
+@pytest.mark.postgres
+def test_child_killed_in_a_transaction_of_a_pooled_connection(stack: Stack) -> None:
+    """Whatever it had written is rolled back, and not committed by whoever uses the pool next."""
+    pooled = json.dumps({"OPTIONS": {"pool": True}})
+    trap = Trap("after", "tests.cast.models.Task.save")
+    # To write down its deaths, the worker itself connects.
+    Task.objects.create(behaviour="kill_my_process")
+    stack.scheduler(TEST_DATABASE=pooled)
+    stack.worker(trap=trap, TEST_DATABASE=pooled)
+    stack.wait_for(Claim.objects.filter(quarantined_at__isnull=False).exists, "the first one quarantined")
+    task = Task.objects.create()
+    do_task.enqueue(task)
+    stack.wait_until_sprung(trap)
+    stack.wait_until_done(task)
+    assert stack.runs(task) == ["crashed", "done"]
+    assert stack.writes(task) == 1
+
+
 def test_worker_killed_and_its_child_left_alive(stack: Stack) -> None:
-    # Longer than a lease, so that the orphan has to go on renewing it.
-    task = Task.objects.create(seconds=LEASE + 2)
+    # Longer than a lease, so that the orphan has to go on renewing it; and than two sweeps on a machine that is busy.
+    task = Task.objects.create(seconds=3 * LEASE)
     stack.scheduler()
     stack.worker()
     stack.worker("second")
@@ -32,7 +56,7 @@ def test_worker_killed_and_its_child_left_alive(stack: Stack) -> None:
     parent = orphan.ppid()
     stack.kill(parent)
     # Others come for the row meanwhile, by the sweep and by hints, and leave it.
-    for _ in range(3):
+    for _ in range(2):
         do_task.enqueue(task)
         stack.wait_for_sweeps(1)
     assert stack.intervals(task)[0].end is None
@@ -128,3 +152,38 @@ def test_every_worker_killed_again_and_again(stack: Stack) -> None:
     assert [stack.runs(task) for task in tasks] == [["done"]] * 12
     assert not any(stack.at_once(task) for task in tasks)
     assert {stack.writes(task) for task in tasks} == {1}
+
+
+def test_the_worker_of_an_operation_killed_half_way(stack: Stack, monkeypatch) -> None:
+    """It goes on where it was: what it had done is not done again, what it had not committed is."""
+    now = timezone.now()
+    identity = {"job": "do_task", "model": "cast.task", "first_claimed_at": now}
+    # Of rows that are there, or their sweep would settle them.
+    pks = [task.pk for task in Task.objects.bulk_create([Task() for _ in range(3500)])]
+    Claim.objects.bulk_create([Claim(**identity, object_pk=str(pk), quarantined_at=now, attempts=3) for pk in pks])
+    pauses.pause("do_task")
+    operation = operations.request("release", {"state": "quarantined"})
+    with monkeypatch.context() as patch:
+        patch.setattr(operations, "ATTEMPT_SECONDS", 0.0)
+        patch.setattr(operations, "BATCH", 1500)
+        assert perform(selfheal_operate, operation) == "done"
+    operation.refresh_from_db()
+    assert (operation.changed, operation.finished_at) == (1500, None)
+    done = Claim.objects.filter(pk__lte=operation.at_pk)
+    # Somebody sets those aside again, which nobody must undo.
+    assert done.quarantine() == 1500
+
+    trap = Trap("after", "jobs.operations.apply", with_parent=True)
+    stack.worker(trap=trap)
+    stack.wait_until_sprung(trap)
+    # The claims of its batch were changed, and that was not committed.
+    assert Claim.objects.quarantined().count() == 3500
+    stack.scheduler()
+    stack.wait_for(lambda: Operation.objects.filter(finished_at__isnull=False).exists(), "the operation ended")
+    operation.refresh_from_db()
+    assert (operation.changed, operation.total) == (3500, 3500)
+    assert set(Claim.objects.quarantined().values_list("pk", flat=True)) == set(done.values_list("pk", flat=True))
+    runs = Run.objects.filter(job="selfheal_operate").order_by("pk").values_list("outcome", flat=True)
+    # The job says that it has ended, and then its worker that the attempt has.
+    stack.wait_for(lambda: len(runs.all()) == 3, "three attempts in the history")
+    assert list(runs) == ["done", "crashed", "done"]

@@ -10,15 +10,16 @@ from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
-from django.db import connection
+from django.db import connection, models
 from django.db.models import Count, Exists, F, Q
+from django.test.utils import isolate_apps
 
 from config.servers import free_port
 from databases.models import Database
 from jobs import Backoff, checks, job, registry, sweep
 from jobs.conf import DEFAULTS, conf
 from jobs.exceptions import Misconfigured, SelfHealError
-from tests.cast.models import Parcel, Seat, Task, Truck
+from tests.cast.models import Parcel, Seat, Stateful, Task, Truck
 
 EVERY_MINUTE = "* * * * *"
 
@@ -222,6 +223,53 @@ def test_e009_a_sweep_that_does_not_find_rows(rows, sentence):
     expect("E009", sentence)
 
 
+@isolate_apps("tests.cast")
+def test_e009_rows_that_cannot_be_named():
+    class Digest(Stateful):
+        sha = models.BinaryField(primary_key=True)
+
+        class Meta:
+            app_label = "cast"
+
+    sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs")(lambda: Digest.objects.exclude(sha=b""))
+    expect("E009", "The primary key of cast.Digest is binary, and cannot be written in an id; use another.")
+
+
+@isolate_apps("tests.cast")
+def test_e009_rows_that_are_rows_of_two_tables():
+    class OfTheCast:
+        app_label = "cast"
+
+    class Book(Stateful):
+        number = models.AutoField(primary_key=True)
+        state = None
+        Meta = OfTheCast
+
+    class Article(Stateful):
+        Meta = OfTheCast
+
+    class Review(Book, Article):
+        Meta = OfTheCast
+
+    class LongReview(Review):
+        Meta = OfTheCast
+
+    class Reprint(Book):
+        isbn = models.CharField(primary_key=True, max_length=20)
+        book = models.OneToOneField(Book, models.CASCADE, parent_link=True)
+        Meta = OfTheCast
+
+    with registry.sandbox():
+        sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs")(lambda: Reprint.objects.exclude(pk=0))
+        expect(
+            "E009", "A row of cast.Reprint is also a row of cast.Book, under another primary key. Make the link to it"
+        )
+    for model in (Review, LongReview):
+        with registry.sandbox():
+            sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs")(lambda model=model: model.objects.exclude(pk=0))
+            expect("E009", "A row of cast.Review is also a row of each of cast.Book, cast.Article, and one lease can")
+
+
 def test_a_database_without_tables_is_no_mistake_of_the_sweep():
     """`migrate` runs the checks before there are any."""
     from django.db import OperationalError
@@ -246,6 +294,12 @@ def test_combined_querysets_are_one_queryset():
 def test_e007_a_class_that_django_rq_must_use(settings, option, path, wrong):
     settings.RQ = {**settings.RQ, option: wrong}
     expect("E007", f'RQ[\'{option}\'] is {wrong!r}. Set RQ = {{"{option}": "{path}", ...}}, or a subclass of it.')
+
+
+@pytest.mark.parametrize("rq", [None, [], "jobs"])
+def test_e007_what_is_no_dictionary(settings, rq):
+    settings.RQ = rq
+    assert [id for id, _ in found()] == ["selfheal.E007"] * 4
 
 
 def test_e007_every_one_that_is_missing(settings):
@@ -405,6 +459,27 @@ def test_w011_a_sweep_that_no_index_helps(rows, fields, index):
 def test_a_sweep_that_an_index_may_help(rows):
     sweep(job(walk), cron=EVERY_MINUTE, name="walk_dogs")(rows)
     assert found() == []
+
+
+@pytest.mark.parametrize("wrong", [-1, "-1", "for ever", "1x", "", [60], [], float("inf"), float("nan")])
+def test_e012_a_queue_without_an_end(settings, wrong):
+    settings.RQ_QUEUES = {**settings.RQ_QUEUES, "urgent": {**settings.RQ_QUEUES["urgent"], "DEFAULT_TIMEOUT": wrong}}
+    expect("E012", f"The DEFAULT_TIMEOUT of the queue 'urgent' is {wrong!r}, and work without an end is never ended.")
+
+
+def test_a_time_limit_as_rq_takes_it(settings):
+    settings.RQ_QUEUES = {name: {**queue, "DEFAULT_TIMEOUT": "1h"} for name, queue in settings.RQ_QUEUES.items()}
+    registry._declared.clear()
+    assert job(timeout=timedelta(hours=1), name="short")(walk).timeout_seconds == 3600
+    assert job(name="unsaid")(walk).timeout_seconds == 3600
+    assert found() == []
+    job(timeout=timedelta(hours=2))(walk)
+    expect("W012", "is longer than the DEFAULT_TIMEOUT of the queue 'default', 3600 seconds")
+
+
+def test_e013_time_that_comes_twice(settings):
+    settings.USE_TZ = False
+    expect("E013", "by the clocks of a time zone, an hour comes twice each year, and leases go by time.")
 
 
 def test_w012_long_work_in_a_queue_for_short_work(settings):

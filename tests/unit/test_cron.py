@@ -114,11 +114,6 @@ def test_how_often_it_came_due():
     assert cron.count_until("* * * * * *", noon, noon + timedelta(days=365), 1000) == 1000
 
 
-def test_without_time_zones_the_fields_are_local(settings):
-    settings.USE_TZ = False
-    assert cron.next_time("0 12 * * *", datetime(2026, 5, 1, 13)) == datetime(2026, 5, 2, 12)
-
-
 @pytest.mark.parametrize("expression", ["* * * * *", "*/5 0-6 1,15 * mon-fri", "* * * * * */2", "0 0 29 2 *"])
 def test_what_comes_due_is_no_problem(expression):
     assert cron.problem(expression) is None

@@ -86,8 +86,8 @@ def assert_fresh(path: Path) -> None:
     assert execute(path, "SELECT name FROM about") == [("shop",)]
 
 
-def test_it_is_the_default_engine():
-    assert isinstance(get_provisioner(), SQLiteProvisioner)
+def test_it_is_what_makes_databases_of_sqlite():
+    assert isinstance(get_provisioner("sqlite"), SQLiteProvisioner)
 
 
 def test_create_makes_a_file_with_a_table_that_only_its_owner_can_read(provisioner, folder):

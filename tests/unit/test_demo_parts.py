@@ -5,19 +5,22 @@ import sqlite3
 
 import psutil
 import pytest
+from django.contrib.auth import get_user_model
 
 from config.stack import StackError
+from databases.models import Database
 from demo import provisioner, rows
 from demo.__main__ import MARKER, claim, empty
 from demo.disasters import DISASTERS, Strike, read_plan
 from demo.ledger import parse
-from demo.rows import Snapshot, rows_of
+from demo.rows import Row, Snapshot, rows_of
 from demo.screen import Screen, table
+from demo.story import ROWS, STEPS, Story
 
 
 def test_the_rows_in_the_queue_are_found_by_their_messages():
-    lists = [[b"schedule_databases", b"create_database-7"], [b"delete_database-12", b"create_database-x", b"\xff-1"]]
-    assert rows_of(lists) == {7, 12}
+    lists = [[b"schedule_databases", b"create_database-7"], [b"deploy-12", b"create_database-x", b"\xff-1"]]
+    assert rows_of(lists) == {Row("Database", 7), Row("DeployRequest", 12)}
 
 
 def test_a_row_that_nothing_is_about_to_work_on_is_stranded():
@@ -54,29 +57,73 @@ def test_a_broken_claim_is_not_work_until_somebody_else_takes_the_row():
     assert strike.out_of_work_for == 60
 
 
-def test_a_file_is_missing_sound_or_neither(tmp_path):
-    assert rows.inspect(tmp_path / "no such folder", "a") == "missing"
+def test_a_file_is_missing_sound_or_neither(tmp_path, settings):
+    settings.DATABASES_FOLDER = tmp_path / "no such folder"
+    assert rows.inspect_folder("a") == "missing"
+    settings.DATABASES_FOLDER = tmp_path
     with sqlite3.connect(tmp_path / "a.sqlite3") as connection:
         connection.execute("CREATE TABLE t (x)")
     connection.close()
-    assert rows.inspect(tmp_path, "a") == "sound"
+    assert rows.inspect_folder("a") == "sound"
     (tmp_path / "b.sqlite3").write_bytes(b"not a database" * 100)
-    assert rows.inspect(tmp_path, "b") == "file is not a database"
+    assert rows.inspect_folder("b") == "file is not a database"
     (tmp_path / ".c.making").touch()
-    assert rows.inspect(tmp_path, "c") == "gone but for .c.making"
+    assert rows.inspect_folder("c") == "gone but for .c.making"
     (tmp_path / "ab.sqlite3-wal").touch()
-    assert rows.inspect(tmp_path, "b2") == "missing"
+    assert rows.inspect_folder("b2") == "missing"
+
+
+@pytest.mark.django_db
+def test_what_belongs_to_no_row_is_found(tmp_path, settings):
+    settings.DATABASES_FOLDER, settings.BACKUPS_SCRATCH = tmp_path / "databases", tmp_path / "scratch"
+    owner = get_user_model().objects.create_user("ada")
+    Database.objects.create(name="shop", owner=owner, state=Database.State.READY)
+    for folder in (settings.DATABASES_FOLDER, settings.BACKUPS_SCRATCH):
+        folder.mkdir()
+    for name in ("shop.sqlite3", "shop.sqlite3-wal", ".shop.making", "old.sqlite3"):
+        (settings.DATABASES_FOLDER / name).touch()
+    (settings.BACKUPS_SCRATCH / "backup_7").touch()
+    assert rows.remains() == [
+        "in scratch backup_7",
+        "the database's file .shop.making",
+        "the database's file old.sqlite3",
+    ]
+
+
+def test_a_story_is_the_same_only_when_its_rows_are_and_its_change_was_made_once(monkeypatch):
+    def told(restored: dict) -> str:
+        story = Story("a", "sqlite", user=None)
+        story.done, story.restored = [step for step in STEPS if step != "the same rows"], "b"
+        monkeypatch.setattr(rows, "read", lambda name, engine: source if name == "a" else restored)
+        story.compare()
+        return story.why_untold
+
+    source = {"orders": (ROWS, "sum")}
+    assert told(source) == ""
+    assert told({"orders": (ROWS, "other sum")}).startswith("b holds")
+    source = {"orders": (2 * ROWS, "sum")}
+    assert told(source) == "its change was made 2 times"
+
+
+def test_the_rows_of_both_engines_are_read_and_summed(tmp_path, settings, postgres):
+    settings.DATABASES_FOLDER = tmp_path
+    with sqlite3.connect(tmp_path / "a.sqlite3") as connection:
+        connection.execute("CREATE TABLE t (x)")
+        connection.execute("INSERT INTO t VALUES (1), (2)")
+    connection.close()
+    assert rows.read("a", "sqlite")["t"][0] == 2
+    assert rows.read("postgres", "postgresql") == {}
 
 
 def test_the_provisioner_does_the_work_and_writes_it_down(tmp_path, monkeypatch, settings):
     settings.DATABASES_FOLDER = tmp_path / "databases"
     monkeypatch.setenv("SELFHEAL_LEDGER", str(tmp_path / "ledger"))
     monkeypatch.setattr(provisioner, "SECONDS", (0.0, 0.01))
-    engine = provisioner.LedgerProvisioner()
+    engine = provisioner.sqlite()
     engine.create("demo_0001")
-    assert rows.inspect(tmp_path / "databases", "demo_0001") == "sound"
+    assert rows.inspect_folder("demo_0001") == "sound"
     engine.delete("demo_0001")
-    assert rows.inspect(tmp_path / "databases", "demo_0001") == "missing"
+    assert rows.inspect_folder("demo_0001") == "missing"
 
     events = parse((tmp_path / "ledger").read_bytes())
     assert [(event.kind, event.verb) for event in events] == [

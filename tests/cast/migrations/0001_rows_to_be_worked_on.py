@@ -23,6 +23,16 @@ class Migration(migrations.Migration):
             },
         ),
         migrations.CreateModel(
+            name="Price",
+            fields=[
+                ("state", models.CharField(db_index=True, default="pending", max_length=20)),
+                ("amount", models.DecimalField(decimal_places=2, max_digits=8, primary_key=True, serialize=False)),
+            ],
+            options={
+                "abstract": False,
+            },
+        ),
+        migrations.CreateModel(
             name="Keyed",
             fields=[
                 ("key", models.CharField(max_length=500, primary_key=True, serialize=False)),

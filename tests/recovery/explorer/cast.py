@@ -27,6 +27,11 @@ REPORTS = (57, 58, 0, 3)
 READY = ("done", "deleted")
 
 
+# How long each behaviour keeps a worker, in seconds: "endless" runs into the time limit.
+SLOW = {"slow": 90.0, "steady": 20.0, "endless": 1000.0}
+TIME_LIMIT = 120.0
+
+
 def misbehave(task: Task) -> None:
     """Do what the row says, and be seen at work."""
     actor = current()
@@ -36,7 +41,7 @@ def misbehave(task: Task) -> None:
     turn = world.names[f"behaviour of {task.pk}"]
     world.names[f"behaviour of {task.pk}"] += 1
     behaviour = "hopeless" if "hopeless" in behaviours else behaviours[turn] if turn < len(behaviours) else ""
-    actor.sleep({"slow": 90.0, "steady": 20.0, "endless": 1000.0}.get(behaviour, 0.5))
+    actor.sleep(SLOW.get(behaviour, 0.5))
     if behaviour in ("fail", "hopeless"):
         raise RuntimeError(f"task {task.pk} fails")
     if behaviour == "die":
@@ -71,7 +76,7 @@ def declared() -> Iterator[dict[str, dict[str, object]]]:
     with registry.sandbox():
         registry._declared.clear()
 
-        @job(backoff=SOON, timeout=timedelta(minutes=2))
+        @job(backoff=SOON, timeout=timedelta(seconds=TIME_LIMIT))
         def make(task: Task) -> None:
             move(task, "done")
 
@@ -79,7 +84,7 @@ def declared() -> Iterator[dict[str, dict[str, object]]]:
         def find_pending() -> QuerySet[Task]:
             return Task.objects.pending()
 
-        @job(backoff=SOON, max_attempts=3, timeout=timedelta(minutes=2))
+        @job(backoff=SOON, max_attempts=3, timeout=timedelta(seconds=TIME_LIMIT))
         def remove(task: Task) -> None:
             move(task, "deleted")
 
@@ -102,7 +107,7 @@ def declared() -> Iterator[dict[str, dict[str, object]]]:
 
         today = dict(registry._declared)
         registry._declared.clear()
-        build = job(name="build", backoff=SOON, timeout=timedelta(minutes=2))(partial(move, to="done"))
+        build = job(name="build", backoff=SOON, timeout=timedelta(seconds=TIME_LIMIT))(partial(move, to="done"))
         sweep(build, cron=EVERY_MINUTE, limit=LIMIT, name="find_pending")(find_pending.function)
         without = {name: each for name, each in today.items() if name not in ("make", "find_pending", "report_58")}
         renamed = {**without, **registry._declared}

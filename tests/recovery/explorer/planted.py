@@ -10,8 +10,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
-from django.db.models import F
-
 from jobs import claims, enqueue, queues, scheduler
 from jobs.claims import Attempt
 from jobs.message import row_id
@@ -20,6 +18,11 @@ from tests.recovery.explorer import processes
 
 Bug = Callable[[], AbstractContextManager[Any]]
 BUGS: dict[str, Bug] = {}
+# A seed shortly before one that finds the bug. Most are found by one of the first, and the others in their turn.
+FROM_SEED = {
+    "heartbeat_from_the_parent": 211,
+    "lost_calls_are_not_looked_for": 238,
+}
 
 
 def bug(plant: Callable[[], Iterator[None]]) -> Bug:
@@ -149,17 +152,6 @@ def schedule_advanced_before_the_push() -> Iterator[None]:
 
 
 @bug
-def lease_ended_after_a_look() -> Iterator[None]:
-    """Whoever finds an expired lease ends it later, without asking again whether it has been renewed or taken."""
-
-    def expire(claim: Claim) -> None:
-        Claim.objects.filter(pk=claim.pk).update(**claims.UNHELD, crashes=F("crashes") + 1)
-
-    with mock.patch.object(claims, "expire", expire):
-        yield
-
-
-@bug
 def leases_never_expire() -> Iterator[None]:
     """A row whose process died waits for ever."""
     with (
@@ -173,4 +165,11 @@ def leases_never_expire() -> Iterator[None]:
 def sweep_without_a_look() -> Iterator[None]:
     """A sweep pushes what is queued already, and copies pile up while nobody works."""
     with mock.patch.object(enqueue, "queued_ids", side_effect=lambda queue, name: set()):
+        yield
+
+
+@bug
+def lost_calls_are_not_looked_for() -> Iterator[None]:
+    """A plain call whose worker is killed between taking and starting it is in no queue any more."""
+    with mock.patch.object(enqueue, "find_lost_calls", return_value=0):
         yield

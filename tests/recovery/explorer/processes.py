@@ -106,9 +106,6 @@ class Worker(worker.Worker):
     def _pause(self, seconds: float) -> None:
         here().wait(seconds, lambda: self._stop_requested)
 
-    def _tick_if_nobody_does(self) -> None:
-        """Left to the schedulers: the key that tells of them ages by Redis's clock, and not by the world's."""
-
     def _in_child(
         self, what: str, work: Callable[[], object], kill_after: float, on_stop: Callable[[], None] = lambda: None
     ) -> tuple[int, int, bool]:
@@ -142,9 +139,9 @@ class Worker(worker.Worker):
             return worker.EXIT_NO_DATABASE
         except Exception as error:
             # As real code does; what it says is for the reader of the log.
-            here().world.count(f"child failed: {error!r}")
+            here().world.count(f"child failed: {type(error).__name__}")
             return 1
-        here().world.struck[f"outcome: {outcome}"] += 1
+        here().world.struck[f"outcome: {outcome}" if isinstance(outcome, str) else "tick by a worker"] += 1
         return 0
 
     def _perform(self, message: Any, attempt: Any) -> Any:
@@ -197,7 +194,7 @@ class Roster:
     def fill(self, world: World) -> None:
         """Start what is missing."""
         for kind, body in self.bodies.items():
-            if world.down_until.get(kind, 0) > world.monotonic:
+            if world.down_until.get(kind, 0) > world.monotonic or (kind == "scheduler" and not world.has_schedulers):
                 continue
             running = sum(process.kind == kind for process in world.processes)
             # In calm one scheduler is enough, and its ticks take half the time.

@@ -5,7 +5,7 @@ Outside the model, that is in threads that no actor runs in, all of this behaves
 
 from __future__ import annotations
 
-import hashlib
+import math
 import random
 import re
 import threading
@@ -26,17 +26,18 @@ from jobs import claims, enqueue, message, perform, scheduler, worker
 from jobs.conf import conf
 from tests.recovery.explorer.world import Actor, Killed, World, current
 
+NEVER_MS = 10**12
 # For how long, in virtual seconds, SQLite waits for whoever writes.
 PATIENCE = 20.0
 SCRIPTS = {
-    hashlib.sha1(getattr(enqueue, name).encode()).hexdigest(): name
-    for name in ("PUSH", "CALL", "START", "END", "MOVE_DUE")
+    **{getattr(enqueue, name): name for name in ("PUSH", "CALL", "START", "END", "FIND_LOST", "MOVE_DUE")},
+    scheduler.STAND_IN: "STAND_IN",
 }
 STATEMENT = re.compile(
     r'(SELECT|DELETE).*?FROM "(\w+)"|(INSERT)[^"]*INTO "(\w+)"|(UPDATE) "(\w+)"|(\w+)',
     re.S,
 )
-PUSHES = ("PUSH", "CALL", "MOVE_DUE", "RPUSH", "SADD+RPUSH", "ZADD")
+PUSHES = ("PUSH", "CALL", "FIND_LOST", "MOVE_DUE", "RPUSH", "SADD+RPUSH", "ZADD")
 EXECUTE = Pipeline.execute
 WRITES = ("INSERT", "UPDATE", "DELETE")
 
@@ -76,6 +77,8 @@ class Seams:
         self.is_postgres = connection.vendor == "postgresql"
         self._mutex = threading.Lock()
         self._sessions: list[Any] = []
+        # When each of the library's keys expires, in virtual time.
+        self._expire_at: dict[bytes, float] = {}
         self._arrived: dict[Actor, threading.Lock] = {}
 
     @contextmanager
@@ -102,11 +105,21 @@ class Seams:
         actor.connection = mine = connections["default"]
 
         def execute(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
-            return self._call(actor, _name_of_statement(sql), lambda: execute(sql, params, many, context))
+            cursor = context["cursor"]
+            return self._call(actor, _name_of_statement(sql), lambda: execute(sql, params, many, context), cursor.close)
 
-        commit = mine._commit
+        commit, set_autocommit = mine._commit, mine._set_autocommit
+
+        def set_autocommit_and_look(autocommit: bool) -> None:
+            # A transaction that a time limit has left on its way to be committed is committed by this, on SQLite.
+            commits = autocommit and not self.is_postgres and mine.connection.in_transaction
+            set_autocommit(autocommit)
+            if commits:
+                actor.world.invariants.after_commit(actor)
+
         mine.execute_wrappers.append(execute)
         mine._commit = lambda: self._call(actor, "COMMIT", commit)
+        mine._set_autocommit = set_autocommit_and_look
 
     def roll_back(self, actor: Actor) -> None:
         """Roll back what an actor has not committed, before its code is unwound: Django would commit it on its way."""
@@ -120,7 +133,10 @@ class Seams:
             self.wait_for_stuck(actor.world)
 
     def _open_session(self, original: Any) -> Any:
-        """To connect takes long, so a session that one actor has closed is used by another."""
+        """To connect to PostgreSQL takes long, so a session that one actor has closed is used by another.
+
+        One of SQLite's is not: in it a killed process may have left a query that it had read half of.
+        """
 
         def get_new_connection(wrapper: Any, parameters: Any) -> Any:
             return self._sessions.pop() if self._sessions else original(wrapper, parameters)
@@ -132,11 +148,15 @@ class Seams:
         def close(wrapper: Any) -> None:
             with suppress(Exception):
                 wrapper.connection.rollback()
-                self._sessions.append(wrapper.connection)
+                if self.is_postgres:
+                    self._sessions.append(wrapper.connection)
+                else:
+                    wrapper.connection.close()
 
         return close
 
-    def _call(self, actor: Actor, what: str, call: Callable[[], Any]) -> Any:
+    def _call(self, actor: Actor, what: str, call: Callable[[], Any], forget: Callable[[], None] = lambda: None) -> Any:
+        """Make a call at its cut, or lose it. `forget` throws an answer away that nobody will read."""
         world, mine = actor.world, actor.connection
         lost = actor.cut("database", what)
         if actor.is_doomed and (mine.in_atomic_block or what == "COMMIT"):
@@ -152,6 +172,8 @@ class Seams:
             world.invariants.after_commit(actor)
         if lost == "after":
             world.count(f"answer of the database lost after {'COMMIT' if what == 'COMMIT' else 'a statement'}")
+            # SQLite holds its lock for as long as there is something to be fetched of what an INSERT returns.
+            forget()
             self._lose_connection(actor)
             raise OperationalError("(explorer) the connection was lost before the answer")
         return result
@@ -169,7 +191,8 @@ class Seams:
                 return call()
             except OperationalError as error:
                 # Only what begins a transaction can meet a lock: a statement of its own, or BEGIN IMMEDIATE.
-                if "locked" not in str(error) or actor.world.monotonic > give_up_at:
+                # When nobody has the lock, what this session has read half way is older than what it wants to write.
+                if "locked" not in str(error) or actor.world.monotonic > give_up_at or self._is_free(actor):
                     raise
                 actor.world.count("waited for a lock")
                 actor.wait(give_up_at - actor.world.monotonic + 0.01, lambda: self._is_free(actor), "locked")
@@ -281,12 +304,16 @@ class Seams:
         self.redis.script_flush()
 
     def age_redis(self, world: World, seconds: float) -> None:
-        """Let the keys that keep out a second call age in virtual time."""
-        for key in self.redis.keys("selfheal:unique:*") if world.names["ping"] else ():
-            left = self.redis.pttl(key) - int(seconds * 1000)
-            if left > 0:
-                self.redis.pexpire(key, left)
-            else:
+        """Let the library's keys expire in virtual time. Those that are waiting for it have a time to live without end.
+
+        They are believed to have been set just now, which no more than the steps since the last call can make wrong.
+        """
+        for key in self.redis.keys("selfheal:*"):
+            left = self.redis.pttl(key)
+            if 0 <= left < NEVER_MS / 2:
+                self._expire_at[key] = world.monotonic - seconds + math.ceil(left / 1000)
+                self.redis.pexpire(key, NEVER_MS)
+            if left != -1 and self._expire_at[key] <= world.monotonic:
                 self.redis.delete(key)
 
     def close(self) -> None:
@@ -327,8 +354,8 @@ def _through_redis(original: Any, name: Callable[..., str]) -> Any:
 
 
 def _name_of_command(client: Any, *args: Any) -> str:
-    if args[0] == "EVALSHA":
-        return SCRIPTS.get(args[1], "a script")
+    if args[0] == "EVAL":
+        return SCRIPTS[args[1]]
     return str(args[0])
 
 
