@@ -9,10 +9,10 @@ ARGS ?=
 VENV ?= .venv
 
 INSTALLED := .venv/.installed
-EXTRAS := local,postgres,docs,dev
+EXTRAS := local,postgres,prometheus,docs,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo soak run test matrix chaos bench docs lint format clean .venv
+.PHONY: help demo soak run test browser matrix chaos bench docs lint format clean .venv
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,10 +30,17 @@ run: .venv  ## run the whole stack until Ctrl-C, with the admin in a browser (AR
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 OR_NONE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
-test: $(VENV)/.installed  ## run every test on SQLite and on PostgreSQL; they start their own servers (ARGS="-k name")
+test: $(VENV)/.installed browser  ## run every test on SQLite and PostgreSQL; they start their own servers (ARGS="-k name")
 	$(VENV)/bin/python manage.py makemigrations --check --dry-run
 	$(PYTEST) $(OR_NONE)
 	$(PYTEST) --postgres $(OR_NONE)
+
+# What is there is taken. Else Debian's, where that can be installed, or the one that Playwright downloads.
+browser: $(VENV)/.installed  ## see that there is a Chromium for the tests in tests/browser
+	@[ -n "$$(which chromium chromium-browser google-chrome 2>/dev/null)" ] \
+		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq \
+			&& DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends chromium; } \
+		|| $(VENV)/bin/python -m playwright install chromium
 
 matrix:  ## run them with the oldest versions of everything that are supported, and with the newest
 	$(MAKE) test VENV=.venv-oldest
