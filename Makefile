@@ -8,6 +8,9 @@ ARGS ?=
 # Where `make test` runs: here, or in one of the two that `make matrix` makes.
 VENV ?= .venv
 
+# Demo, soak and tests start hundreds of processes: none of them is to compile everything again.
+unexport PYTHONDONTWRITEBYTECODE
+
 INSTALLED := .venv/.installed
 EXTRAS := local,postgres,prometheus,docs,dev
 
