@@ -6,7 +6,8 @@ Each is what somebody could write who does not know why the code is as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,9 @@ BUGS: dict[str, Bug] = {}
 FROM_SEED = {
     "heartbeat_from_the_parent": 211,
     "lost_calls_are_not_looked_for": 238,
+    "no_fence": 57,
+    "settle_without_the_token": 34,
+    "sweep_without_a_look": 32,
 }
 
 
@@ -50,12 +54,20 @@ def no_re_read_under_the_lock() -> Iterator[None]:
 
 @bug
 def settle_without_the_token() -> Iterator[None]:
-    """An attempt that has ended deletes the row's claim, whoever has it by now."""
+    """An attempt that has ended settles the row's claim, whoever has it by now."""
 
-    def end(attempt: Attempt) -> None:
-        Claim.objects.filter(job=attempt.declared.name, model=attempt.model, object_pk=attempt.pk).delete()
+    def whoever_has_it(settle: Callable[..., None]) -> Callable[..., None]:
+        def settle_it(attempt: Attempt, *how: Any, **options: Any) -> None:
+            claims_of_the_row = Claim.objects.filter(model=attempt.model, object_pk=attempt.pk)
+            if claim := claims_of_the_row.filter(job=attempt.declared.name).first():
+                attempt = replace(attempt, token=claim.token)
+            settle(attempt, *how, **options)
 
-    with mock.patch.object(claims, "_end", end):
+        return settle_it
+
+    with ExitStack() as patches:
+        for name in ("settle", "fail", "drop", "release"):
+            patches.enter_context(mock.patch.object(claims, name, whoever_has_it(getattr(claims, name))))
         yield
 
 
