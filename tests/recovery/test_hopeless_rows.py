@@ -54,8 +54,10 @@ def test_one_that_swallows_its_time_limit(stack: Stack) -> None:
     assert 4 <= gone_at - began < 4 + LEASE
     assert [event["event"] for event in stack.events() if event["pid"] == child.pid] == ["start", "swallowed"]
     stack.wait_until_done(good)
-    stack.wait_for(lambda: stack.runs(task) == ["crashed"], "its death written down")
-    assert Claim.objects.get(object_pk=str(task.pk)).deaths == 1
+    stack.wait_for(lambda: stack.runs(task), "its death written down")
+    # On a busy machine it may have been tried again by now.
+    assert set(stack.runs(task)) == {"crashed"}
+    assert Claim.objects.get(object_pk=str(task.pk)).deaths >= 1
     assert stack.pid() == worker
 
 
