@@ -1,6 +1,7 @@
 """Cron expressions: five fields, or six with seconds last, in Django's time zone."""
 
 from datetime import UTC, datetime, timedelta, tzinfo
+from functools import lru_cache
 
 from croniter import croniter
 from croniter.croniter import CroniterError
@@ -32,12 +33,22 @@ def next_time(expression: str, after: datetime) -> datetime:
     the hour that comes twice, the first time; in the one that is left out, as much later as the clocks went forward.
     One whose hours begin with `*` goes by the time that passes.
     """
-    zone = timezone.get_default_timezone()
+    # Nothing comes due within a second or, where there is no field for them, within a minute. So of the many that ask
+    # in the same minute, tick after tick, one computes.
+    after = after.astimezone(UTC).replace(microsecond=0)
+    if len(expression.split()) < 6:
+        after = after.replace(second=0)
+    return _next_time(expression, after, timezone.get_default_timezone())
+
+
+# By moments in UTC: of the two times of day that the end of summer gives one name to, Python takes one for the other.
+@lru_cache(maxsize=1024)
+def _next_time(expression: str, after: datetime, zone: tzinfo) -> datetime:
     local = timezone.localtime(after, zone)
     if expression.split()[1].startswith("*"):
         return _next(expression, local).astimezone(UTC)
     # What the clocks would show had they not just gone forward: what they left out may still have to come.
-    unchanged = after.astimezone(UTC) + _offset(after - LONGEST_CHANGE, zone)
+    unchanged = after + _offset(after - LONGEST_CHANGE, zone)
     time_of_day = min(local.replace(tzinfo=None), unchanged.replace(tzinfo=None))
     while True:
         time_of_day = _next(expression, time_of_day)

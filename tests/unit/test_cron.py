@@ -57,6 +57,24 @@ def test_every_minute_is_every_minute_also_while_the_clocks_change(settings, nig
         assert cron.next_time("* * * * *", now).astimezone(UTC) == now + timedelta(minutes=1)
 
 
+def test_a_time_of_day_that_comes_twice_is_two_moments(settings):
+    settings.TIME_ZONE = "Europe/Berlin"
+    first = datetime(2026, 10, 25, 2, 30, tzinfo=ZoneInfo("Europe/Berlin"))
+    assert cron.next_time("* * * * *", first) == utc(2026, 10, 25, 0, 31)
+    assert cron.next_time("* * * * *", first.replace(fold=1)) == utc(2026, 10, 25, 1, 31)
+
+
+@pytest.mark.parametrize("expression", ["* * * * *", "*/7 * * * *", "30 2 * * *", "0 0 1 * *", "30 2 * * * */25"])
+def test_what_is_known_of_a_minute_holds_in_all_of_it(settings, expression):
+    """At each second of the minutes at which Berlin's clocks change or come due, as if nobody had asked before."""
+    settings.TIME_ZONE = "Europe/Berlin"
+    for hour, minute in [(0, 29), (0, 30), (0, 59), (1, 0), (1, 29), (1, 30), (23, 59)]:
+        for second in range(60):
+            after = utc(2026, 10, 24 if hour == 23 else 25, hour, minute, second).replace(microsecond=second * 16_000)
+            afresh = cron._next_time.__wrapped__(expression, after, timezone.get_default_timezone())
+            assert cron.next_time(expression, after) == afresh > after
+
+
 def moments(expression: str, after: datetime, days: int) -> list[datetime]:
     """Every moment at which the expression comes due, in these days."""
     found, now = [], after
