@@ -45,7 +45,8 @@ def explore_all(seeds: range, arguments: argparse.Namespace) -> Explored:
     spawning = multiprocessing.get_context("spawn")
     processes = min(arguments.processes, len(seeds))
     with ProcessPoolExecutor(processes, spawning, initializer=_begin, initargs=(spawning.Event(),)) as pool:
-        parts = pool.map(_explore, [seeds[each::processes] for each in range(processes)], [arguments] * processes)
+        shares = [seeds[each::processes] for each in range(processes)]
+        parts = pool.map(_explore, range(processes), shares, [arguments] * processes)
         return sum(parts, Explored())
 
 
@@ -56,8 +57,9 @@ def _begin(event: Event) -> None:
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))
 
 
-def _explore(seeds: range, arguments: argparse.Namespace) -> Explored:
+def _explore(number: int, seeds: range, arguments: argparse.Namespace) -> Explored:
     """Explore these seeds until one fails, here or in another process."""
+    _stay_on_one_core(number)
     with tempfile.TemporaryDirectory(prefix="selfheal-chaos-") as home:
         # Not before: what is imported from `config` has read the environment.
         os.environ.pop("DATABASE_URL", None)
@@ -71,9 +73,16 @@ def _explore(seeds: range, arguments: argparse.Namespace) -> Explored:
                 postgres.start()
                 os.environ["DATABASE_URL"] = postgres.url
             with RedisServer(Path(home) / "redis") as redis:
-                return _explore_on(redis.url, seeds, arguments)
+                return _explore_on(redis.socket_url, seeds, arguments)
         finally:
             postgres.stop()
+
+
+def _stay_on_one_core(number: int) -> None:
+    """Keep this process, and the servers that it starts, on one core: of its threads and theirs one at a time runs."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
 def _explore_on(redis_url: str, seeds: range, arguments: argparse.Namespace) -> Explored:

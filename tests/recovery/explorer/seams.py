@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -37,6 +38,14 @@ STATEMENT = re.compile(
     r'(SELECT|DELETE).*?FROM "(\w+)"|(INSERT)[^"]*INTO "(\w+)"|(UPDATE) "(\w+)"|(\w+)',
     re.S,
 )
+TIMES_TO_LIVE = """
+local times = {}
+for _, key in ipairs(redis.call('KEYS', 'selfheal:*')) do
+  table.insert(times, key)
+  table.insert(times, redis.call('PTTL', key))
+end
+return times
+"""
 PUSHES = ("PUSH", "CALL", "FIND_LOST", "MOVE_DUE", "RPUSH", "SADD+RPUSH", "ZADD")
 EXECUTE = Pipeline.execute
 WRITES = ("INSERT", "UPDATE", "DELETE")
@@ -133,27 +142,39 @@ class Seams:
             self.wait_for_stuck(actor.world)
 
     def _open_session(self, original: Any) -> Any:
-        """To connect to PostgreSQL takes long, so a session that one actor has closed is used by another.
-
-        One of SQLite's is not: in it a killed process may have left a query that it had read half of.
-        """
+        """Connecting takes long, so a session that one actor has closed is used by another."""
 
         def get_new_connection(wrapper: Any, parameters: Any) -> Any:
-            return self._sessions.pop() if self._sessions else original(wrapper, parameters)
+            if self._sessions:
+                return self._sessions.pop()
+            session = original(wrapper, parameters)
+            if not self.is_postgres:
+                self._is_idle(session)
+            return session
 
         return get_new_connection
 
     @property
     def _close_session(self) -> Any:
         def close(wrapper: Any) -> None:
+            session = wrapper.connection
             with suppress(Exception):
-                wrapper.connection.rollback()
-                if self.is_postgres:
-                    self._sessions.append(wrapper.connection)
+                session.rollback()
+                if self.is_postgres or self._is_idle(session):
+                    self._sessions.append(session)
                 else:
-                    wrapper.connection.close()
+                    session.close()
 
         return close
+
+    @staticmethod
+    def _is_idle(session: Any) -> bool:
+        """Whether SQLite lets a function be replaced: not while a query is left that a killed process has half read."""
+        try:
+            session.create_function("explorer_idle", 0, bool)
+        except sqlite3.OperationalError:
+            return False
+        return True
 
     def _call(self, actor: Actor, what: str, call: Callable[[], Any], forget: Callable[[], None] = lambda: None) -> Any:
         """Make a call at its cut, or lose it. `forget` throws an answer away that nobody will read."""
@@ -308,8 +329,8 @@ class Seams:
 
         They are believed to have been set just now, which no more than the steps since the last call can make wrong.
         """
-        for key in self.redis.keys("selfheal:*"):
-            left = self.redis.pttl(key)
+        times = self.redis.eval(TIMES_TO_LIVE, 0)
+        for key, left in zip(times[::2], times[1::2], strict=True):
             if 0 <= left < NEVER_MS / 2:
                 self._expire_at[key] = world.monotonic - seconds + math.ceil(left / 1000)
                 self.redis.pexpire(key, NEVER_MS)
