@@ -33,7 +33,7 @@ run: .venv  ## run the whole stack until Ctrl-C, with the admin in a browser (AR
 # others when there is no such file, where it ends with 4 by itself. A machine that is too busy fails tests of real
 # processes: what failed beside the others is run once more by itself, and fails for good.
 define pytest
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(1) $(ARGS) || case $$? in \
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(1) $(ARGS) || case $$? in \
 		1) $(VENV)/bin/python -m pytest --last-failed --last-failed-no-failures none --exitfirst $(1) ;; \
 		5) $(if $(ARGS),$(VENV)/bin/python -m pytest --collect-only --quiet $(1) $(ARGS) || [ $$? = 5 ],false) ;; \
 		*) false ;; \
