@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 from uuid import uuid4
 
 from django.apps import apps
@@ -118,6 +118,8 @@ def split_holder(holder: str) -> tuple[str, str, int | None]:
 _current: ContextVar[Attempt | None] = ContextVar("selfheal_attempt", default=None)
 # In a process that exists for one attempt, the threads of the job speak for it too.
 of_this_process: Attempt | None = None
+# The connection in whose transaction `with_lock` has the attempt's own row: another thread has another.
+_locked_on: ContextVar[Any] = ContextVar("selfheal_locked_on", default=None)
 
 
 # --- Taking -----------------------------------------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def fail(attempt: Attempt, error: str, traceback: str = "", needed: bool = True)
     with transaction.atomic(_database()):
         claim = _claims().filter(token=attempt.token).first()
         if claim is None:
-            raise LeaseLost(attempt.work)
+            raise LeaseLost.on(attempt.work)
         attempts = claim.attempts + 1
         is_last = declared.max_attempts is not None and attempts >= declared.max_attempts
         counted = {"attempts": attempts, "next_attempt_at": clock.now(declared.backoff.delay(attempts))}
@@ -296,9 +298,11 @@ def _set_back(
         attempt.declared.finish(outcome, {})
         logger.error("%s is given up until it comes due again: %s", attempt.work, error)
     elif not _give_back(attempt, last_error=error, quarantined_at=clock.now() if give_up else None, **counted):
-        raise LeaseLost(attempt.work)
-    elif give_up:
-        _alarm(attempt, error)
+        raise LeaseLost.on(attempt.work)
+    else:
+        attempt.declared.note(outcome)
+        if give_up:
+            _alarm(attempt, error)
 
 
 def note_stop(attempt: Attempt) -> None:
@@ -399,7 +403,7 @@ class _Unflushed(Func):
 
 def _end(attempt: Attempt) -> None:
     if not _delete(_claims().filter(_Unflushed(), token=attempt.token)):
-        raise LeaseLost(attempt.work)
+        raise LeaseLost.on(attempt.work)
 
 
 def _delete(claims: ClaimQuerySet) -> int:
@@ -489,10 +493,13 @@ def with_lock(row: Model) -> Iterator[Model]:
     that order; the row is read again through the sweep's queryset. So a change that a user made while the job worked
     is never overwritten. Raises `LeaseLost` when the claim is gone, `NoLongerNeeded` when the row is, or no longer
     matches; let both pass, the worker ends quietly. For another row than the job's, the claim is checked and the match
-    is not. Nested, it is a savepoint. Outside a job it is a row lock.
+    is not. Nested, it is a savepoint, in which the row need not match: the job may have finished it. Outside a job it
+    is a row lock. Raises `TypeError` for what is no row.
 
     For seconds, not minutes: renewing the lease waits for it.
     """
+    if not isinstance(cast(Any, row), Model):
+        raise TypeError(f"with_lock takes a row, not {row!r}.")
     attempt = _current.get() or of_this_process
     using = router.db_for_write(type(row), instance=row)
     with contextlib.ExitStack() as stack:
@@ -503,13 +510,17 @@ def with_lock(row: Model) -> Iterator[Model]:
         if attempt is None or using != _database():
             stack.enter_context(transaction.atomic(using))
         if attempt is not None and attempt.is_on(row):
+            rows: QuerySet[Any] = QuerySet(type(row), using=using)
             try:
                 _lock(row, using)
-                # Asked about in a subquery: its joins may find the row twice, and what it loads of a row is its affair.
-                needed = attempt.declared.rows().using(using).filter(pk=row.pk).values("pk")
-                row.refresh_from_db(from_queryset=QuerySet(type(row), using=using).filter(pk__in=needed))
+                # Nested, a row that matches no longer is this job's own doing.
+                if _locked_on.get() is not connections[using]:
+                    # In a subquery: its joins may find the row twice, and what it loads of a row is its affair.
+                    rows = rows.filter(pk__in=attempt.declared.rows().using(using).filter(pk=row.pk).values("pk"))
+                row.refresh_from_db(from_queryset=rows)
             except ObjectDoesNotExist:
-                raise NoLongerNeeded(attempt.work) from None
+                raise NoLongerNeeded.of(attempt.work) from None
+            stack.callback(_locked_on.reset, _locked_on.set(connections[using]))
         else:
             _lock(row, using)
             row.refresh_from_db(from_queryset=QuerySet(type(row), using=using))
@@ -519,7 +530,7 @@ def with_lock(row: Model) -> Iterator[Model]:
 def _renew_or_lose(attempt: Attempt) -> None:
     # An update rather than SELECT FOR UPDATE: it locks on SQLite too, before anything is read.
     if not renew(attempt.token):
-        raise LeaseLost(attempt.work)
+        raise LeaseLost.on(attempt.work)
 
 
 def renew(token: str) -> bool:

@@ -220,7 +220,7 @@ def calls(job: Job, arguments: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
                         run_script(pipeline, CALL, keys, [message.id, *options, *fields])
                     pipeline.execute()
         except RedisError as error:
-            raise QueueUnavailable(job.name, error) from error
+            raise QueueUnavailable.of(job.name, error) from error
 
     transaction.on_commit(push)
 

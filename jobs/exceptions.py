@@ -1,5 +1,7 @@
 """What can go wrong, as far as a caller would act differently on it."""
 
+from typing import Self
+
 from django.core.exceptions import ImproperlyConfigured
 
 
@@ -10,8 +12,9 @@ class SelfHealError(Exception):
 class LeaseLost(SelfHealError):
     """The row belongs to another attempt by now, or to none: stop, and write nothing more."""
 
-    def __init__(self, work: str) -> None:
-        super().__init__(
+    @classmethod
+    def on(cls, work: str) -> Self:
+        return cls(
             f"The lease on {work} is lost: it was not renewed in time, and the row may already be worked on elsewhere. "
             "Nothing was written; the sweep will queue the row again if it still needs work."
         )
@@ -20,15 +23,17 @@ class LeaseLost(SelfHealError):
 class NoLongerNeeded(SelfHealError):
     """The row was deleted, or its sweep no longer matches it: there is nothing left to do."""
 
-    def __init__(self, work: str) -> None:
-        super().__init__(f"{work} no longer needs this work: its row was deleted or changed meanwhile.")
+    @classmethod
+    def of(cls, work: str) -> Self:
+        return cls(f"{work} no longer needs this work: its row was deleted or changed meanwhile.")
 
 
 class QueueUnavailable(SelfHealError):
     """Redis did not take the job. Raised where nothing else would bring it back: for plain jobs and sweeps."""
 
-    def __init__(self, name: str, reason: Exception) -> None:
-        super().__init__(f"{name} was not queued, because Redis did not answer: {reason}")
+    @classmethod
+    def of(cls, name: str, reason: Exception) -> Self:
+        return cls(f"{name} was not queued, because Redis did not answer: {reason}")
 
 
 class Misconfigured(SelfHealError, ImproperlyConfigured):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -121,9 +122,14 @@ class Declared:
         changes = {"settled_runs": F("settled_runs") + 1 if self.missed == "all" else F("due_runs"), **kept}
         if outcome == "done":
             changes["last_succeeded_at"] = clock.now()
-        apps.get_model("selfheal", "Schedule").objects.filter(pk=self.name).update(
-            last_finished_at=clock.now(), last_outcome=outcome, **changes
-        )
+        self.note(outcome, **changes)
+
+    def note(self, outcome: str, **changes: Any) -> None:
+        """Write on the schedule how an attempt at a run has ended. Rows have none."""
+        if not self.is_swept:
+            apps.get_model("selfheal", "Schedule").objects.filter(pk=self.name).update(
+                last_finished_at=clock.now(), last_outcome=outcome, **changes
+            )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield the check id of each thing that cannot work, and a sentence that says what to do."""
@@ -246,22 +252,28 @@ class Job(Declared):
         model = self.model
         text = self._text_of(subject, model)
         if isinstance(subject, Model):
-            # The router's answer, since the row may have been read from a replica; without routers it is the row's own.
-            return text, router.db_for_write(type(subject), instance=subject)
-        return text, router.db_for_write(model)
+            return text, _written_to(subject)
+        return text, self._database()
 
     def identify_many(self, subjects: Any) -> tuple[Iterator[str], str]:
-        """Do the same for a queryset, or for primary keys or rows one by one."""
+        """Do the same for a queryset, or for primary keys or rows one by one, which are all in one database."""
         model = self.model
-        using = router.db_for_write(model)
         if isinstance(subjects, (str, bytes)) or not isinstance(subjects, Iterable):
             raise TypeError(f"{self.name}.enqueue_many takes a queryset, primary keys or rows, not {subjects!r}.")
         if isinstance(subjects, QuerySet):
             if subjects.model._meta.concrete_model is not model._meta.concrete_model:
                 raise TypeError(f"{self.name} works on {model._meta.label}, not on {subjects.model._meta.label}.")
             pks = subjects.values_list("pk", flat=True).iterator(chunk_size=enqueue.BATCH)
-            return map(pk_text, pks), subjects._db or using  # type: ignore[attr-defined]
-        return (self._text_of(subject, model) for subject in subjects), using
+            return map(pk_text, pks), subjects._db or self._database()  # type: ignore[attr-defined]
+        subjects = iter(subjects)
+        first = list(itertools.islice(subjects, 1))
+        using = _written_to(first[0]) if first and isinstance(first[0], Model) else self._database()
+        return (self._text_of(subject, model) for subject in itertools.chain(first, subjects)), using
+
+    def _database(self) -> str:
+        """Return the alias of the database of a row of which only the primary key is known."""
+        assert self.sweep is not None
+        return self.sweep.fed_from or router.db_for_write(self.model)
 
     def _text_of(self, subject: Any, model: type[Model]) -> str:
         """Return the primary key, as text, of a row or of what should be one."""
@@ -303,10 +315,6 @@ class Job(Declared):
         # One of them by one, or all that had come due before this one began.
         return {} if self.missed == "all" else kept
 
-    def finish(self, outcome: str, kept: dict[str, Any]) -> None:
-        if not self.is_swept:
-            super().finish(outcome, kept)
-
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
         if self._max_attempts is not BY_KIND and not (self._max_attempts is None or _is_count(self._max_attempts)):
@@ -336,6 +344,11 @@ class Job(Declared):
             yield "E004", f'missed="{self.missed}" does nothing without cron; pass both.'
         if self.is_swept and self.cron is not None:
             yield "E006", "A job that a sweep feeds has no cron of its own; move it to the sweep."
+
+
+def _written_to(row: Model) -> str:
+    # The router's answer, since the row may have been read from a replica; without routers it is the row's own.
+    return router.db_for_write(type(row), instance=row)
 
 
 def _must_have_run(returned: Any, job: Job) -> None:

@@ -78,7 +78,7 @@ def perform(attempt: Attempt, guard: Guard = unguarded) -> Outcome:
             return perform(attempt, guard)
         return outcome
     except LeaseLost as lost:
-        reason = str(lost)
+        reason = str(lost) or str(LeaseLost.on(attempt.work))
         logger.warning(reason)
         _write_down(lambda: claims.record_loss(attempt, reason))
         return "busy"
@@ -147,7 +147,7 @@ def _read(rows: QuerySet[Any], pk: str) -> Any:
     except ValueError:
         row = None
     if row is None:
-        raise NoLongerNeeded(f"{rows.model._meta.label} {pk}")
+        raise NoLongerNeeded.of(f"{rows.model._meta.label} {pk}")
     return row
 
 

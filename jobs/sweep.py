@@ -77,11 +77,21 @@ class Sweep(Declared):
         model: type[Model] = self.queryset().model
         return model
 
+    @cached_property
+    def fed_from(self) -> str | None:
+        """The alias of the database that its function says `using()` with; None where it leaves that to the router."""
+        return self._found()._db  # type: ignore[attr-defined, no-any-return]
+
     def queryset(self) -> QuerySet[Any]:
         """Return the rows that need the job, from the database that is written to.
 
         Raises `Misconfigured` when the function returns anything that cannot be asked about one row.
         """
+        found = self._found()
+        # A replica may not have heard of the row's last change, and the row is the truth.
+        return found if found._db else found.using(router.db_for_write(found.model))  # type: ignore[attr-defined]
+
+    def _found(self) -> QuerySet[Any]:
         found = self.function()
         if not isinstance(found, QuerySet):
             raise Misconfigured(f"{self.name} returned {type(found).__name__}; return a queryset of the rows.")
@@ -114,8 +124,7 @@ class Sweep(Declared):
                 f"{self.name} returned rows of {found.model._meta.label}, and before that of {before._meta.label}; "
                 "return those of one model, and write a job and a sweep for the other."
             )
-        # A replica may not have heard of the row's last change, and the row is the truth.
-        return found if found._db else found.using(router.db_for_write(found.model))  # type: ignore[attr-defined]
+        return found
 
     def sweep(self, dry_run: bool = False, *, on_batch: Callable[[SweepResult], None] | None = None) -> SweepResult:
         """Queue the job for every row that needs it and is not queued, leased, backing off or quarantined.
@@ -132,7 +141,7 @@ class Sweep(Declared):
         try:
             result = self._feed(rows, unsettled, dry_run, on_batch)
         except RedisError as error:
-            raise QueueUnavailable(self.name, error) from error
+            raise QueueUnavailable.of(self.name, error) from error
         if unsettled and not dry_run:
             # Last, so that a claim which cannot be asked about holds up no row.
             claims.resolve(self.job.name, rows)

@@ -1,6 +1,8 @@
 """The right to work on one row: one holder, whatever races for it, and nothing written by whoever lost it."""
 
+import copy
 import os
+import pickle
 import signal
 import socket
 import time
@@ -14,7 +16,7 @@ from django.db import OperationalError, connection, transaction
 from django.test.utils import isolate_apps
 from django.utils import timezone
 
-from jobs import Backoff, LeaseLost, NoLongerNeeded, claims, clock, job, sweep
+from jobs import Backoff, LeaseLost, NoLongerNeeded, QueueUnavailable, claims, clock, job, sweep
 from jobs.claims import Attempt, Heartbeat
 from jobs.conf import conf
 from jobs.job import Declared, Job
@@ -573,10 +575,15 @@ def test_that_an_attempt_lost_its_lease_is_written_down(robbed):
 
 
 def test_the_errors_are_sentences():
-    assert str(LeaseLost("do_task of cast.task 7")).startswith("The lease on do_task of cast.task 7 is lost: ")
-    assert str(NoLongerNeeded("do_task of cast.task 7")) == (
+    assert str(LeaseLost.on("do_task of cast.task 7")).startswith("The lease on do_task of cast.task 7 is lost: ")
+    assert str(NoLongerNeeded.of("do_task of cast.task 7")) == (
         "do_task of cast.task 7 no longer needs this work: its row was deleted or changed meanwhile."
     )
+
+
+@pytest.mark.parametrize("error", [LeaseLost.on("7"), NoLongerNeeded.of("7"), QueueUnavailable.of("ping", OSError())])
+def test_the_errors_come_through_to_another_process_as_they_are(error):
+    assert str(pickle.loads(pickle.dumps(error))) == str(copy.copy(error)) == str(error)
 
 
 # --- The heartbeat ----------------------------------------------------------------------------------------------------

@@ -371,12 +371,24 @@ def test_the_number_of_attempts_is_kept_over_many_days(task, doing):
     assert Claim.objects.get().next_attempt_at <= timezone.now() + timedelta(hours=1)
 
 
-@pytest.mark.parametrize("error", [NoLongerNeeded("this"), LeaseLost("this")], ids=["NoLongerNeeded", "LeaseLost"])
-def test_a_job_may_say_itself_how_it_ended(task, doing, error):
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (NoLongerNeeded, "not_needed"),
+        (NoLongerNeeded("not today"), "not_needed"),
+        (LeaseLost, "busy"),
+        (LeaseLost("to another system"), "busy"),
+    ],
+    ids=repr,
+)
+def test_a_job_may_say_itself_how_it_ended(task, doing, error, outcome):
     def work(row: Task) -> None:
         raise error
 
-    assert perform(doing(work), task) == ("not_needed" if isinstance(error, NoLongerNeeded) else "busy")
+    assert perform(doing(work), task) == outcome
+    lost = [run.error for run in Run.objects.all()]
+    assert lost == ([] if outcome == "not_needed" else [str(error) if error is not LeaseLost else lost[0]])
+    assert all(lost)
 
 
 def test_a_lease_lost_on_the_way_ends_quietly_and_is_written_down(task, doing):

@@ -119,6 +119,31 @@ def test_pushed_when_the_rows_database_commits(task, queued):
     assert len(queued()) == 2
 
 
+def test_the_sweep_may_name_the_database_where_no_router_does(declaring, queued):
+    work = job(name="work")(finish)
+    sweep(work, cron="0 0 1 1 *", name="schedule_work")(Task.objects.using("second").pending)
+
+    def enqueue_in_every_way() -> None:
+        rows = [Task.objects.using("second").create() for _ in range(5)]
+        work.enqueue(rows[0])
+        work.enqueue(rows[1].pk)
+        work.enqueue_many([rows[2]])
+        work.enqueue_many([rows[3].pk])
+        work.enqueue_many(Task.objects.using("second").filter(pk=rows[4].pk))
+        work.enqueue_with_jitter(rows[0].pk, max_wait=timedelta(days=1))
+        assert queued() == []
+
+    with override_settings(DATABASE_ROUTERS=[]):
+        with suppress(ZeroDivisionError), transaction.atomic("second"):
+            enqueue_in_every_way()
+            raise ZeroDivisionError
+        assert queued() == []
+        with transaction.atomic("second"):
+            enqueue_in_every_way()
+        assert len(queued()) == 5
+        assert drain() == {"done": 5}
+
+
 def test_not_pushed_when_it_rolls_back(task, queued):
     with suppress(ZeroDivisionError), transaction.atomic("second"):
         do_task.enqueue(task)

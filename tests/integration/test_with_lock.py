@@ -1,5 +1,6 @@
 """The short transaction at the end of a job: the row locked, freshly read, still matching, and still ours."""
 
+import contextvars
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -230,6 +231,54 @@ def test_nested_it_is_a_savepoint(task, doing):
     assert perform(doing(work), task) == "done"
     assert (of(task).get().name, of(task).get().state) == ("outer", "done")
     assert of(other).get().name == ""
+
+
+def test_nested_a_row_that_the_job_has_just_finished_is_still_its_own(task, doing):
+    def work(row: Task) -> None:
+        with with_lock(row):
+            row.state = "done"
+            row.save()
+            with with_lock(row):
+                row.name = "by a helper"
+                row.save()
+            with with_lock(of(task).get()) as same:
+                assert (same.state, same.name) == ("done", "by a helper")
+
+    assert perform(doing(work), task) == "done"
+    assert (of(task).get().state, of(task).get().name) == ("done", "by a helper")
+
+
+def test_after_the_lock_and_in_another_thread_the_row_has_to_match_again(task, doing):
+    refused = []
+
+    def try_to_lock(row: Task) -> None:
+        try:
+            with with_lock(row):
+                pytest.fail("the block was entered")
+        except NoLongerNeeded:
+            refused.append(threading.current_thread().name)
+        finally:
+            connections.close_all()
+
+    def work(row: Task) -> None:
+        context = contextvars.copy_context()
+        with with_lock(row):
+            inside = contextvars.copy_context()
+            of(task).update(state="deleting")
+        for each in (context, inside):
+            thread = threading.Thread(target=each.run, args=[try_to_lock, of(task).get()], name="another")
+            thread.start()
+            thread.join(30)
+        try_to_lock(row)
+
+    assert perform(doing(work), task) == "done"
+    assert refused == ["another", "another", "MainThread"]
+
+
+@pytest.mark.parametrize("row", [None, 5, "7", Task])
+def test_what_is_no_row_is_refused(row):
+    with pytest.raises(TypeError, match="with_lock takes a row, not "), with_lock(row):
+        pytest.fail("the block was entered")
 
 
 def test_nested_in_the_jobs_own_transaction_it_is_a_savepoint_too(task, doing):
