@@ -147,7 +147,9 @@ class Item:
         """In a word, how it is: paused, failed, late, failing, in quarantine (some of its rows), or well."""
         if self.pause is not None:
             return "paused"
-        if self.last_outcome in FAILURES:
+        # Of a cron job, a run that is to be tried again has a claim meanwhile.
+        is_tried_again = self.kind == "cron" and (self.leased or self.due or self.backing_off)
+        if self.last_outcome in FAILURES and not is_tried_again:
             return "failed"
         if self.is_late:
             return "late"

@@ -66,8 +66,16 @@ def tick(now: datetime | None = None) -> list[str]:
         return scheduler.tick()
 
 
-def drain() -> Counter[Outcome]:
-    """Perform everything that is in the queues, and what that adds to them; return how often each outcome came."""
+def drain(now: datetime | None = None) -> Counter[Outcome]:
+    """Perform everything that is in the queues, and what that adds to them; return how often each outcome came.
+
+    What is backing off at the given time or the present is left alone: after a `tick(now=later)`, drain then as well.
+    """
+    with clock.fixed(now):
+        return _drain()
+
+
+def _drain() -> Counter[Outcome]:
     outcomes: Counter[Outcome] = Counter()
     remaining = [queues.get(name) for name in queues.names()]
     while remaining:

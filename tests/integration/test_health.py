@@ -191,6 +191,16 @@ def test_a_sweep_that_failed_and_one_that_is_late(at_work):
     ]
 
 
+def test_a_cron_job_that_is_tried_again_after_a_failure_has_not_failed_yet(at_work):
+    Schedule.objects.filter(name="nightly").update(last_outcome="failed")
+    claim = Claim.objects.create(
+        job="nightly", model="selfheal.schedule", object_pk="nightly", first_claimed_at=timezone.now()
+    )
+    assert problems() == []
+    claim.delete()
+    assert problems() == [("warning", "failed", "nightly")]
+
+
 def test_a_cron_job_that_has_run_may_still_fail_when_it_is_called(at_work):
     Schedule.objects.filter(name="nightly").update(last_outcome="done")
     for _ in range(5):

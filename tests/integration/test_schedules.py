@@ -420,6 +420,22 @@ def test_a_run_that_fails_for_the_last_time_has_ended_and_the_next_one_starts_an
     assert (claim.attempts, claim.quarantined_at) == (1, None)
 
 
+def test_a_run_that_fails_and_is_tried_again_says_so_on_its_schedule(hourly, queued):
+    hourly.fails = True
+    owe(hourly)
+    tick()
+    assert drain() == {"failed": 1}
+    assert schedule(hourly).last_outcome == "failed"
+    assert schedule(hourly).last_finished_at
+    assert (schedule(hourly).due_runs, schedule(hourly).settled_runs) == (1, 0)
+    hourly.fails = False
+    again_at = Claim.objects.get().next_attempt_at
+    assert drain(again_at) == {}
+    tick(again_at)
+    assert drain(again_at) == {"done": 1}
+    assert schedule(hourly).last_outcome == "done"
+
+
 def test_a_run_whose_process_dies_three_times_has_ended(hourly):
     owe(hourly)
     for _ in range(3):
