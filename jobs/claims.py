@@ -344,14 +344,14 @@ def resolve(job: str, rows: QuerySet[Any]) -> int:
     resolved, last = 0, 0
     # A composite primary key is a term of the statement for each row, of which a database takes only so many.
     size = 200 if isinstance(rows.model._meta.pk, CompositePrimaryKey) else 1000
-    while batch := list(unleased.filter(pk__gt=last)[:size]):
+    # Most of them are needed. What they say of their last error may be long.
+    while batch := list(unleased.filter(pk__gt=last).only("object_pk", "token")[:size]):
         last = batch[-1].pk
         needed = _needed(rows, batch)
-        for claim in batch:
-            if claim.object_pk in needed:
-                continue
+        tokens = {claim.pk: claim.token for claim in batch if claim.object_pk not in needed}
+        for claim in unleased.filter(pk__in=tokens) if tokens else ():
             with transaction.atomic(_database()):
-                if _delete(_claims().unleased().filter(pk=claim.pk, token=claim.token)):
+                if _delete(_claims().unleased().filter(pk=claim.pk, token=tokens[claim.pk])):
                     _record_of(claim, "resolved", claim.last_error)
                     resolved += 1
     return resolved
@@ -547,8 +547,10 @@ def _lock(row: Model, using: str) -> None:
         with connection.cursor() as cursor:
             cursor.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")
         return
+    # MariaDB knows no OF, and locks all that is joined.
+    of = ("self", *_parent_links(type(row))) if connection.features.has_select_for_update_of else ()
     # No manager, not even the base one, may hide it.
-    locked: QuerySet[Any] = QuerySet(type(row), using=using).select_for_update(of=("self", *_parent_links(type(row))))
+    locked: QuerySet[Any] = QuerySet(type(row), using=using).select_for_update(of=of)
     locked.get(pk=row.pk)
 
 

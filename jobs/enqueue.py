@@ -21,6 +21,7 @@ from django.db.models import Q, QuerySet
 from redis import Redis
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.sentinel import MasterNotFoundError
 
 from jobs import clock, queues, registry, switches
 from jobs.conf import conf
@@ -35,6 +36,8 @@ logger = logging.getLogger("selfheal")
 T = TypeVar("T")
 
 BATCH = 1000
+# How many ids are read at once. More would hold up Redis, and in the end outlast the time that it has to answer.
+SLICE = 100_000
 
 # Look, then push: the id of one job goes to the end of its list, or to its time in the delayed set, unless it is in
 # one of them already. When too many are queued it is not: its sweep will bring the row when there is room. The ids of
@@ -102,6 +105,17 @@ redis.call('ZADD', calls, again_at, id)
 redis.call('EXPIRE', hash, keep)
 if release == '1' and redis.call('GET', unique) == id then redis.call('DEL', unique) end
 return redis.call('HINCRBY', hash, 'attempt', 1)
+"""
+
+# A plain call whose process died is delivered again, unless that had ended it, or had put it off for longer by itself.
+REDELIVER = """
+local delayed, hash = unpack(KEYS)
+local id, score, again_at = unpack(ARGV)
+if redis.call('EXISTS', hash) == 0 then return 0 end
+local waits_until = redis.call('ZSCORE', delayed, id)
+if waits_until and tonumber(waits_until) ~= tonumber(again_at) then return 0 end
+redis.call('ZADD', delayed, score, id)
+return 1
 """
 
 # A plain call ends for good.
@@ -225,14 +239,14 @@ def calls(job: Job, arguments: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
     transaction.on_commit(push)
 
 
-def start_call(message: Message, connection: Redis, gone_after: float) -> int:
+def start_call(message: Message, connection: Redis, again_at: float) -> int:
     """Begin an attempt at a plain call and return its number; 0 when this is a late copy, which must not run.
 
-    `gone_after` seconds from now its process is certainly gone: then the call is delivered again, unless it ended.
+    At `again_at`, in seconds since 1970, its process is certainly gone: the call is delivered again, unless it ended.
     """
     release = cast("Job", message.declared).unique_until == "start"
     keys = [queues.DELAYED_KEY, *_call_keys(message)]
-    arguments = [message.id, clock.timestamp() + gone_after, KEEP_CALLS, int(release)]
+    arguments = [message.id, again_at, KEEP_CALLS, int(release)]
     return int(run_script(connection, START, keys, arguments))
 
 
@@ -244,6 +258,11 @@ def end_call(message: Message, connection: Redis) -> None:
 def retry_call(message: Message, connection: Redis, wait: timedelta) -> None:
     """Deliver a plain call again after the wait."""
     connection.zadd(queues.DELAYED_KEY, {message.id: _score(wait)})
+
+
+def redeliver_call(message: Message, connection: Redis, again_at: float, wait: timedelta) -> None:
+    """Deliver a plain call again after the wait, whose process died, and had started it with `again_at` if at all."""
+    run_script(connection, REDELIVER, [queues.DELAYED_KEY, message.key], [message.id, _score(wait), again_at])
 
 
 def push_id(queue: queues.Queue, id: str, *, room: int = 2**31, wait: timedelta | None = None) -> bool:
@@ -267,13 +286,22 @@ def push_ids(queue: queues.Queue, ids: list[bytes], spread_over: timedelta | Non
 
 
 def queued_ids(queue: queues.Queue, name: str) -> set[bytes]:
-    """Return the ids of one job's rows that are queued at this moment, in the list or the delayed set."""
+    """Return the ids of one job's rows that are queued at this moment, in the list or the delayed set.
+
+    Both hold those of other jobs too, any number of them. They are read by the `SLICE`, from the end: what workers take
+    from the beginning meanwhile moves nothing.
+    """
     prefix = f"{name}-".encode()
-    with queue.connection.pipeline() as pipeline:
-        pipeline.lrange(queue.key, 0, -1)
-        pipeline.zrange(queues.DELAYED_KEY, 0, -1)
-        snapshot = pipeline.execute()
-    return {id for part in snapshot for id in part if id.startswith(prefix)}
+    found: set[bytes] = set()
+    for end in itertools.count(-1, -SLICE):
+        with queue.connection.pipeline() as pipeline:
+            pipeline.lrange(queue.key, end - SLICE + 1, end)
+            pipeline.zrange(queues.DELAYED_KEY, end - SLICE + 1, end)
+            parts = pipeline.execute()
+        found.update(id for part in parts for id in part if id.startswith(prefix))
+        if max(map(len, parts)) < SLICE:
+            break
+    return found
 
 
 def move_due(connection: Redis) -> int:
@@ -379,7 +407,7 @@ class _Hint:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        if isinstance(error, RedisTimeoutError):
+        if isinstance(error, (RedisTimeoutError, MasterNotFoundError)):
             self._hanging_until[self.server] = time.monotonic() + 2 * conf.REDIS_TIMEOUT.total_seconds()
         if isinstance(error, RedisError):
             logger.warning("%s was not queued, its sweep will do so: Redis did not answer (%s)", self.name, error)

@@ -111,16 +111,20 @@ def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome | _OtherwiseW
     return outcome
 
 
-def perform_call(message: Message, connection: Redis, gone_after: float, guard: Guard = unguarded) -> Outcome:
-    """Do a plain call. A failure delivers it again after its backoff, until its attempts are used up."""
+def perform_call(message: Message, connection: Redis, again_at: float, guard: Guard = unguarded) -> Outcome:
+    """Do a plain call. A failure delivers it again after its backoff, until its attempts are used up.
+
+    At `again_at`, in seconds since 1970, this process is certainly gone.
+    """
     job = cast(Job, message.declared)
     if job.is_scheduled and switches.disabled(job.switches):
         enqueue.end_call(message, connection)
         return "disabled"
-    attempt = enqueue.start_call(message, connection, gone_after)
+    # Before an attempt is counted: the database may be away.
+    started_at = clock.read()
+    attempt = enqueue.start_call(message, connection, again_at)
     if not attempt:
         return "not_needed"
-    started_at = clock.read()
     try:
         if job.max_attempts is not None and attempt > job.max_attempts:
             raise RuntimeError(f"Its process died in each of its {job.max_attempts} attempts.")

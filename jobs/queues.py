@@ -16,6 +16,8 @@ from django_rq.connection_utils import get_redis_connection
 from django_rq.queues import DjangoRQ
 from redis import Redis
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError
 from redis.retry import Retry
 from rq import worker_registration
 from rq.exceptions import NoSuchJobError
@@ -166,8 +168,29 @@ def _connect(config: _Config, timeout: float) -> Redis:
 
 
 def configure(connection: Redis, timeout: float) -> None:
-    """Make a connection that was not used yet give up after `timeout` seconds, without trying again."""
-    options = connection.connection_pool.connection_kwargs
-    options.update(socket_timeout=timeout, socket_connect_timeout=min(timeout, conf.REDIS_TIMEOUT.total_seconds()))
-    options["decode_responses"] = False
+    """Make a connection that was not used yet give up after `timeout` seconds, without trying again.
+
+    Each sentinel that it asks for its primary is given up after `REDIS_TIMEOUT`.
+    """
+    pool, longest = connection.connection_pool, conf.REDIS_TIMEOUT.total_seconds()
+    pool.connection_kwargs.update(socket_timeout=timeout, socket_connect_timeout=min(timeout, longest))
+    pool.connection_kwargs["decode_responses"] = False
+    if not issubclass(pool.connection_class, _LeavesReplicas):
+        pool.connection_class = type("Connection", (_LeavesReplicas, pool.connection_class), {})
     connection.set_retry(Retry(NoBackoff(), 0))
+    for sentinel in getattr(getattr(pool, "sentinel_manager", None), "sentinels", ()):
+        configure(sentinel, longest)
+
+
+class _LeavesReplicas:
+    """A connection that does not stay with a primary which has become a replica of another.
+
+    A failover may leave it open. To connect again is to reach whoever has the primary's name or address by then.
+    """
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().read_response(*args, **options)  # type: ignore[misc]
+        except ReadOnlyError as error:
+            self.disconnect()  # type: ignore[attr-defined]
+            raise RedisConnectionError(f"It is a replica by now: {error}") from error

@@ -243,12 +243,20 @@ def _each_once(rows: QuerySet[Any], most: int, chunk_size: int) -> Iterator[Any]
         yield from pks[:most].iterator(chunk_size=chunk_size)
         return
     seen: set[Any] = set()
-    for pk in pks.iterator(chunk_size=chunk_size):
-        if pk not in seen:
-            if len(seen) >= most:
-                return
-            seen.add(pk)
-            yield pk
+    limit = most
+    # Often it does not, as one to none of the others: then the first limit is enough.
+    while True:
+        read = 0
+        for pk in pks[:limit].iterator(chunk_size=chunk_size):
+            read += 1
+            if pk not in seen:
+                seen.add(pk)
+                yield pk
+                if len(seen) == most:
+                    return
+        if read < limit or len(seen) >= most:
+            return
+        limit *= 4
 
 
 def _may_repeat(rows: QuerySet[Any]) -> bool:

@@ -87,9 +87,10 @@ def count(counted_at: datetime | None) -> int:
     """
     now = clock.read()
     oldest = _runs().order_by("finished_at").values_list("finished_at", flat=True).first()
-    first = hour_of(counted_at - COMMITTED_AFTER if counted_at else oldest or now)
+    # A clock that was ahead has counted hours that are still to come. That hides none of them.
+    first = hour_of(min(counted_at, now) - COMMITTED_AFTER if counted_at else oldest or now)
     # What a count has done that was then broken off need not be done again.
-    newest = _tallies().order_by("-hour").values_list("hour", flat=True).first()
+    newest = _tallies().filter(hour__lte=now).order_by("-hour").values_list("hour", flat=True).first()
     # Of the runs of an hour from before that, some are deleted already.
     kept = min(hour_of(now - conf.KEEP_RUNS) + HOUR, hour_of(now))
     hour, counted = max(first, kept, newest - HOUR if newest else kept), 0

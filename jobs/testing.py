@@ -85,7 +85,7 @@ def _drain() -> Counter[Outcome]:
             continue
         message, queue = popped
         if message.pk is None:
-            outcomes[performing.perform_call(message, queue.connection, gone_after=0)] += 1
+            outcomes[performing.perform_call(message, queue.connection, clock.timestamp())] += 1
         else:
             outcomes[performing.perform(performing.attempt_at(message, "test"))] += 1
         remaining = [queues.get(name) for name in queues.names()]

@@ -30,7 +30,7 @@ from rq.utils import now
 from rq.worker import Worker as RQWorker
 from rq.worker.base import WorkerStatus, signal_name
 
-from jobs import claims, enqueue, perform, queues, scheduler
+from jobs import claims, clock, enqueue, perform, queues, scheduler
 from jobs.conf import conf
 from jobs.exceptions import Misconfigured
 from jobs.job import Declared
@@ -130,6 +130,8 @@ class Worker(RQWorker):
         if with_scheduler:
             self.log.warning("--with-scheduler is rq's own; schedules here are run by manage.py rqscheduler.")
         self._install_signal_handlers()
+        # Whoever starts it may have it ignored, and then the end of no child is ever told.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.birth_date = now()
         self.log.info("Worker %s started with PID %d, on %s", self.name, os.getpid(), ", ".join(self.queue_names()))
         performed, idle_since, retry_after = 0, time.monotonic(), 0.5
@@ -211,14 +213,16 @@ class Worker(RQWorker):
         # Made here, so that the claim of a child that died can be told from every other.
         attempt = perform.attempt_at(message, self.name) if message.pk is not None else None
         kill_after = message.declared.timeout_seconds + claims.KILL_AFTER.total_seconds()
+        # By then the child is gone, also when this worker is. By this time a plain call's start is told from all else.
+        again_at = clock.timestamp() + kill_after + 10
         pid, status, was_killed = self._in_child(
-            message.id, lambda: self._perform(message, attempt), kill_after, lambda: self._note_stop(attempt)
+            message.id, lambda: self._perform(message, attempt, again_at), kill_after, lambda: self._note_stop(attempt)
         )
         if status != 0:
             # What it had started would work on, beside whoever takes the row next.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
-            self._note_death(message, attempt, pid, status, was_killed)
+            self._note_death(message, attempt, again_at, pid, status, was_killed)
 
     def _in_child(
         self, what: str, work: Callable[[], object], kill_after: float, on_stop: Callable[[], None] = _nothing
@@ -266,11 +270,10 @@ class Worker(RQWorker):
                 sys.stderr.flush()
             os._exit(code)
 
-    def _perform(self, message: Message, attempt: claims.Attempt | None) -> perform.Outcome:
+    def _perform(self, message: Message, attempt: claims.Attempt | None, again_at: float) -> perform.Outcome:
         if attempt is not None:
             return perform.perform(attempt, self._guard)
-        gone_after = message.declared.timeout_seconds + claims.KILL_AFTER.total_seconds() + 10
-        return perform.perform_call(message, self.connection, gone_after, self._guard)
+        return perform.perform_call(message, self.connection, again_at, self._guard)
 
     @contextlib.contextmanager
     def _guard(self, declared: Declared, attempt: claims.Attempt | None = None) -> Iterator[None]:
@@ -314,20 +317,24 @@ class Worker(RQWorker):
             os._exit(0)
 
     def _note_death(
-        self, message: Message, attempt: claims.Attempt | None, pid: int, status: int, was_killed: bool
+        self,
+        message: Message,
+        attempt: claims.Attempt | None,
+        again_at: float,
+        pid: int,
+        status: int,
+        was_killed: bool,
     ) -> None:
         code = os.waitstatus_to_exitcode(status)
         evidence = f"Its process {_ending(status)}."
         self.log.warning("Worker %s: %s: %s", self.name, message.id, evidence)
         if code == claims.EXIT_LEASE_LOST:
             return
-        if code == EXIT_NO_DATABASE and attempt is not None:
-            # The next message would meet the same; what is in the queue had better stay there.
-            self._pause(LONGEST_RETRY_SECONDS)
-            return
         try:
             if attempt is None:
-                enqueue.retry_call(message, self.connection, message.declared.backoff.delay(1))
+                enqueue.redeliver_call(message, self.connection, again_at, message.declared.backoff.delay(1))
+            elif code == EXIT_NO_DATABASE:
+                pass
             elif was_killed:
                 claims.release(attempt)
             elif self._stop_requested:
@@ -339,6 +346,9 @@ class Worker(RQWorker):
             self.log.exception("Worker %s: the death of %s could not be written down", self.name, message.id)
         finally:
             _disconnect()
+        if code == EXIT_NO_DATABASE:
+            # The next message would meet the same; what is in the queue had better stay there.
+            self._pause(LONGEST_RETRY_SECONDS)
 
     # --- Signals ------------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def test_what_is_lost_of_a_call_is_not_kept_for_ever(file, redis, queued):
     assert a_month - 60 < redis.ttl(f"rq:job:{id}") <= a_month
     # Each attempt begins it anew.
     redis.expire(f"rq:job:{id}", 100)
-    enqueue.start_call(Message.fetch(id, connection=redis), redis, 100)
+    enqueue.start_call(Message.fetch(id, connection=redis), redis, time.time() + 100)
     assert redis.ttl(f"rq:job:{id}") > 100
 
 
@@ -173,7 +173,7 @@ def started(file: Path, redis: Redis, gone_after: float = 100, **options: Any) -
     touch_file.enqueue(str(file), **options)
     popped = queues.Queue.dequeue_any([queues.get("urgent")], None, connection=redis)
     message = popped[0]
-    assert enqueue.start_call(message, redis, gone_after) == 1
+    assert enqueue.start_call(message, redis, time.time() + gone_after) == 1
     return message
 
 
@@ -197,12 +197,39 @@ def test_a_process_that_dies_each_time_is_given_up_in_the_end(file, redis, attem
     for number in (2, 3):
         pass_time()
         popped = queues.Queue.dequeue_any([queues.get("urgent")], None, connection=redis)
-        assert enqueue.start_call(popped[0], redis, 100) == number
+        assert enqueue.start_call(popped[0], redis, time.time() + 100) == number
     pass_time()
     assert drain() == {"failed": 1}
     assert attempts() == 0
     assert leftovers(redis) == set()
     assert "Its process died in each of its 3 attempts" in Run.objects.get().error
+
+
+@pytest.mark.parametrize(
+    ("place", "comes_after"),
+    [
+        # Not begun, or begun and not ended: soon.
+        (None, 10),
+        (100, 10),
+        # Its process has put it off for longer before it died, or another is at work on it.
+        (3000, 3000),
+    ],
+)
+def test_a_call_whose_process_died_comes_back_soon_unless_it_was_put_off(file, redis, delayed, place, comes_after):
+    touch_file.enqueue(str(file))
+    message = Message.fetch(redis.lpop(URGENT_LIST).decode(), connection=redis)
+    with clock.fixed(timezone.now()):
+        if place is not None:
+            assert enqueue.start_call(message, redis, clock.timestamp() + place) == 1
+        enqueue.redeliver_call(message, redis, clock.timestamp() + 100, timedelta(seconds=10))
+        assert delayed()[message.id] == pytest.approx(clock.timestamp() + comes_after)
+
+
+def test_a_call_whose_process_died_after_its_end_is_over(file, redis):
+    message = started(file, redis)
+    enqueue.end_call(message, redis)
+    enqueue.redeliver_call(message, redis, time.time(), timedelta(seconds=10))
+    assert leftovers(redis) == set()
 
 
 def test_a_call_that_has_ended_is_not_run_again_by_a_late_copy(file, redis, attempts, queued):
@@ -213,7 +240,7 @@ def test_a_call_that_has_ended_is_not_run_again_by_a_late_copy(file, redis, atte
     redis.rpush(URGENT_LIST, id)
     assert drain() == {}
     # And not by one that was popped before the call ended.
-    assert enqueue.start_call(message, redis, 100) == 0
+    assert enqueue.start_call(message, redis, time.time() + 100) == 0
     assert attempts() == 1
     assert leftovers(redis) == set()
 
@@ -267,7 +294,7 @@ def test_those_that_are_in_their_places_are_left_there(file, redis, queued, dela
     touch_file.enqueue(str(file), fail_times=1)
     touch_file.enqueue_with_jitter(str(file), min_wait=4 * LATER, max_wait=5 * LATER)
     in_work = Message.fetch(redis.lpop(URGENT_LIST).decode(), connection=redis)
-    assert enqueue.start_call(in_work, redis, 3 * LATER.total_seconds()) == 1
+    assert enqueue.start_call(in_work, redis, time.time() + 3 * LATER.total_seconds()) == 1
     before = queued(URGENT_LIST), delayed()
     for _ in range(3):
         pass_time()
@@ -281,7 +308,7 @@ def test_a_copy_is_not_run_beside_it(file, redis, attempts, queued):
     pass_time(70)
     assert queued(URGENT_LIST) == [id]
     # Its worker was only slow. Whoever comes second leaves it to the first.
-    assert enqueue.start_call(slow, redis, 100) == 1
+    assert enqueue.start_call(slow, redis, time.time() + 100) == 1
     assert drain() == {"not_needed": 1}
     assert attempts() == 0
     enqueue.end_call(slow, redis)
@@ -456,7 +483,7 @@ def test_until_start_it_is_free_again_when_it_starts(declaring, queued):
 def drain_one() -> str:
     queue = queues.get("urgent")
     message, _ = queues.Queue.dequeue_any([queue], None, connection=queue.connection)
-    return performing.perform_call(message, queue.connection, gone_after=0)
+    return performing.perform_call(message, queue.connection, time.time())
 
 
 def test_until_start_a_later_attempt_does_not_free_the_place_of_a_newer_call(declaring, queued, redis):

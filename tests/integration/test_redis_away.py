@@ -1,9 +1,10 @@
 """Redis refuses or hangs: who waits, for how long, who is told, and what is left behind."""
 
 import logging
+import socket
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from django.db import transaction
 
 from config.servers import RedisServer
-from jobs import QueueUnavailable, queues
+from jobs import QueueUnavailable, enqueue, queues
 from jobs.conf import conf
 from jobs.models import Schedule
 from jobs.testing import perform, tick
@@ -122,6 +123,42 @@ def test_redis_started_again_the_next_row_is_queued_at_once(redis_server: RedisS
     do_task.enqueue(tasks[2])
     touch_file.enqueue("/tmp/x")
     assert queued() == [f"do_task-{tasks[2].pk}"]
+
+
+def test_after_a_failover_nobody_stays_with_the_old_primary(redis_server: RedisServer, redis, queued):
+    """It is a replica now, and has left open the connections that it had."""
+    tasks = [Task.objects.create() for _ in range(2)]
+    do_task.enqueue(tasks[0])
+    connection = queues.get("default").connection
+    before = connection.client_id()
+    redis.replicaof("127.0.0.1", redis_server.port + 1)
+    try:
+        do_task.enqueue(tasks[1])
+        assert connection.client_id() != before
+        with pytest.raises(QueueUnavailable, match="It is a replica by now"):
+            touch_file.enqueue("/tmp/x")
+    finally:
+        redis.replicaof("no", "one")
+    do_task.enqueue(tasks[1])
+    assert len(queued()) == 2
+
+
+@pytest.mark.parametrize("how", ["hang", "refuse"])
+def test_sentinels_that_do_not_answer_are_given_up_too(how, settings, warnings):
+    with closing(socket.socket()) as first, closing(socket.socket()) as second:
+        for each in (first, second):
+            each.bind(("127.0.0.1", 0))
+            if how == "hang":
+                each.listen()
+        sentinels = [each.getsockname() for each in (first, second)]
+        config = {"SENTINELS": sentinels, "MASTER_NAME": "shop", "DB": 0, "SOCKET_TIMEOUT": 0.5}
+        settings.RQ_QUEUES = {**settings.RQ_QUEUES, "default": config}
+        with within(1):
+            do_task.enqueue(Task.objects.create())
+        with within(0.3):
+            do_task.enqueue(Task.objects.create())
+    assert len(warnings()) == 1
+    enqueue._Hint._hanging_until.clear()
 
 
 def test_the_sweep_brings_what_was_not_queued(refusing_redis, redis_server: RedisServer, queued):

@@ -14,10 +14,10 @@ from django.utils import timezone
 from jobs import SweepResult, claims, enqueue, job, queues, sweep
 from jobs.exceptions import Misconfigured
 from jobs.models import Claim, Run, Schedule
-from jobs.sweep import Sweep
+from jobs.sweep import Sweep, _each_once
 from jobs.testing import drain, perform, tick
 from tests.cast.jobs import delete_task, do_task, schedule_keyed, schedule_tasks, schedule_tickets
-from tests.cast.models import Keyed, Task, Ticket
+from tests.cast.models import Keyed, Parcel, Sticker, Task, Ticket
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -145,6 +145,24 @@ def test_a_row_that_a_join_finds_twice_is_queued_once(sweeping, queued, batch_si
     assert queued() == [f"work-{group.pk}" for group in groups]
     assert result.enqueued == 3
     assert result.matched == sum(result[1:])
+
+
+@pytest.mark.parametrize("copies", [1, 5])
+def test_of_what_joins_find_no_more_is_read_than_it_takes(sweeping, queued, copies):
+    """Rows without any of the others come once; those with many of them as often as they have."""
+    parcels = [Parcel.objects.create() for _ in range(30)]
+    Sticker.objects.bulk_create(Sticker(parcel=parcel) for parcel in parcels[:20] for _ in range(copies))
+    bare = sweeping(lambda: Parcel.objects.filter(stickers=None).order_by("pk"), limit=4)
+    with CaptureQueriesContext(connection) as captured:
+        assert bare.sweep().enqueued == 4
+    assert sum("sticker" in query["sql"] and " LIMIT " in query["sql"] for query in captured) == 1
+    with CaptureQueriesContext(connection) as captured:
+        marked = Parcel.objects.filter(stickers__isnull=False).order_by("pk")
+        assert list(_each_once(marked, 4, 1000)) == [parcel.pk for parcel in parcels[:4]]
+        assert list(_each_once(marked, 50, 1000)) == [parcel.pk for parcel in parcels[:20]]
+        assert list(_each_once(marked, 0, 1000)) == []
+    assert all(" LIMIT " in query["sql"] for query in captured)
+    assert len(captured) <= 5
 
 
 @pytest.mark.parametrize("key", ["a/b", "ключ 😀", "x" * 500, "-", "_"])

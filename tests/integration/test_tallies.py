@@ -123,6 +123,15 @@ def test_what_an_outage_kept_from_being_counted_is_counted_after_it():
     assert count(counted_at=None, now=NOON) == 4
 
 
+def test_what_a_clock_that_was_ahead_has_counted_hides_nothing():
+    count(counted_at=NOON, now=NOON + 6 * HOUR)
+    run(HOUR)
+    run(3 * HOUR)
+    for hours in range(1, 5):
+        count(counted_at=NOON + 6 * HOUR, now=NOON + hours * HOUR)
+    assert counted() == {("01 13", "do_task", "done", ""): 1, ("01 15", "do_task", "done", ""): 1}
+
+
 def test_an_hour_is_counted_again_while_its_last_runs_may_still_be_committing():
     assert count(counted_at=NOON + timedelta(minutes=5), now=NOON + timedelta(minutes=6)) == 2
     assert count(counted_at=NOON + timedelta(minutes=11), now=NOON + timedelta(minutes=12)) == 1

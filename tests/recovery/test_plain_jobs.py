@@ -11,7 +11,7 @@ from jobs import clock, enqueue
 from jobs.models import Run
 from tests.cast.jobs import do_task, touch_file
 from tests.cast.models import Task
-from tests.recovery.conftest import Stack
+from tests.recovery.conftest import Stack, missing_database
 from tests.recovery.traps import Trap
 
 
@@ -124,6 +124,19 @@ def test_child_killed_at_a_step(stack: Stack, file: Path, trap: Trap, expected: 
     stack.wait_for(lambda: (attempts(file), outcomes()) == expected, "the work done")
     wait_until_forgotten(stack)
     assert (attempts(file), outcomes()) == expected
+
+
+@pytest.mark.postgres
+def test_delivered_while_the_database_is_away(stack: Stack, file: Path) -> None:
+    """Three times, and it has three attempts. None of them is begun; SQLite is not asked before the function is."""
+    stack.scheduler()
+    stack.worker()
+    with missing_database(stack):
+        touch_file.enqueue(str(file))
+        stack.wait_for(lambda: stack.log("worker").count("the database does not answer") >= 3, "delivered three times")
+    stack.wait_for(outcomes, "the work done")
+    wait_until_forgotten(stack)
+    assert (attempts(file), outcomes()) == (1, ["done"])
 
 
 def test_waits_in_the_delayed_set(stack: Stack) -> None:

@@ -112,10 +112,11 @@ def test_the_jitter_of_a_sweep_holds_its_jobs_back(policy):
 def test_a_schedule_that_was_due_a_day_long_is_due_once():
     tick()
     drain()
-    names = tick(timezone.now() + timedelta(days=1))
+    tomorrow = timezone.now() + timedelta(days=1)
+    names = tick(tomorrow)
     assert names.count("schedule_renewals") == 1
     assert drain() == {"done": len(names)}
-    assert tick(timezone.now() + timedelta(days=1)) == []
+    assert tick(tomorrow) == []
 
 
 def test_trials_end(subscription):

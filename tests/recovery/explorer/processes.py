@@ -144,9 +144,9 @@ class Worker(worker.Worker):
         here().world.struck[f"outcome: {outcome}" if isinstance(outcome, str) else "tick by a worker"] += 1
         return 0
 
-    def _perform(self, message: Any, attempt: Any) -> Any:
+    def _perform(self, message: Any, attempt: Any, again_at: float) -> Any:
         here().process.attempt = attempt
-        return super()._perform(message, attempt)
+        return super()._perform(message, attempt, again_at)
 
     def _note_stop(self, attempt: Any) -> None:
         """In a process of its own, as in the real one."""

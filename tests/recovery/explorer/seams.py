@@ -31,7 +31,7 @@ NEVER_MS = 10**12
 # For how long, in virtual seconds, SQLite waits for whoever writes.
 PATIENCE = 20.0
 SCRIPTS = {
-    **{getattr(enqueue, name): name for name in ("PUSH", "CALL", "START", "END", "FIND_LOST", "MOVE_DUE")},
+    **{getattr(enqueue, name): name for name in ("PUSH", "CALL", "START", "REDELIVER", "END", "FIND_LOST", "MOVE_DUE")},
     scheduler.STAND_IN: "STAND_IN",
 }
 STATEMENT = re.compile(
