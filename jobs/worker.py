@@ -130,8 +130,6 @@ class Worker(RQWorker):
         if with_scheduler:
             self.log.warning("--with-scheduler is rq's own; schedules here are run by manage.py rqscheduler.")
         self._install_signal_handlers()
-        # Whoever starts it may have it ignored, and then the end of no child is ever told.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.birth_date = now()
         self.log.info("Worker %s started with PID %d, on %s", self.name, os.getpid(), ", ".join(self.queue_names()))
         performed, idle_since, retry_after = 0, time.monotonic(), 0.5
@@ -351,6 +349,11 @@ class Worker(RQWorker):
             self._pause(LONGEST_RETRY_SECONDS)
 
     # --- Signals ------------------------------------------------------------------------------------------------------
+
+    def _install_signal_handlers(self) -> None:
+        super()._install_signal_handlers()
+        # Whoever started this process may have ignored it, and then nobody is told how a child ends.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Stop after the message in work. Only sets a flag: an exception could lose what was just popped."""

@@ -37,6 +37,20 @@ def test_a_busy_worker_finishes_first(stack: Stack, number: signal.Signals) -> N
     assert stack.client.keys("rq:workers*") == []
 
 
+def test_a_worker_that_was_started_with_sigchld_ignored_sees_its_child_die(stack: Stack) -> None:
+    task = Task.objects.create(seconds=PATIENCE)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        stack.worker()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    do_task.enqueue(task)
+    stack.kill(stack.child_at_work(task).pid)
+    stack.wait_for(lambda: stack.runs(task) == ["crashed"], "the death written down")
+    assert "was killed by SIGKILL" in Run.objects.get().error
+    assert Claim.objects.get().deaths == 1
+
+
 def test_an_impatient_operator_stops_a_busy_worker_at_once(stack: Stack) -> None:
     # Longer than anybody waits here, as the lease is: the work is cut off, and the row is given back.
     task = Task.objects.create(seconds=PATIENCE + 10)

@@ -46,7 +46,7 @@ for _, key in ipairs(redis.call('KEYS', 'selfheal:*')) do
 end
 return times
 """
-PUSHES = ("PUSH", "CALL", "FIND_LOST", "MOVE_DUE", "RPUSH", "SADD+RPUSH", "ZADD")
+PUSHES = ("PUSH", "CALL", "REDELIVER", "FIND_LOST", "MOVE_DUE", "RPUSH", "SADD+RPUSH", "ZADD")
 EXECUTE = Pipeline.execute
 WRITES = ("INSERT", "UPDATE", "DELETE")
 
