@@ -264,7 +264,7 @@ class Job(Declared):
             if subjects.model._meta.concrete_model is not model._meta.concrete_model:
                 raise TypeError(f"{self.name} works on {model._meta.label}, not on {subjects.model._meta.label}.")
             pks = subjects.values_list("pk", flat=True).iterator(chunk_size=enqueue.BATCH)
-            return map(pk_text, pks), subjects._db or self._database()  # type: ignore[attr-defined]
+            return map(pk_text, pks), subjects._db or router.db_for_write(model)  # type: ignore[attr-defined]
         subjects = iter(subjects)
         first = list(itertools.islice(subjects, 1))
         using = _written_to(first[0]) if first and isinstance(first[0], Model) else self._database()

@@ -244,7 +244,7 @@ def _each_once(rows: QuerySet[Any], most: int, chunk_size: int) -> Iterator[Any]
         return
     seen: set[Any] = set()
     limit = most
-    # Often it does not, as one to none of the others: then the first limit is enough.
+    # One that looks for rows without any of the others finds each once: then the first limit is enough.
     while True:
         read = 0
         for pk in pks[:limit].iterator(chunk_size=chunk_size):
