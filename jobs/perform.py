@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from django.db import InterfaceError, OperationalError, connections
+from django.db import InterfaceError, InternalError, OperationalError, connections
 from django.db.models import QuerySet
 from redis import Redis
 
@@ -177,7 +177,7 @@ def _write_down(statement: Callable[[], None]) -> None:
     while True:
         try:
             return statement()
-        except (OperationalError, InterfaceError):
+        except (OperationalError, InterfaceError, InternalError):
             if time.monotonic() > give_up_at or any(each.in_atomic_block for each in connections.all(True)):
                 raise
             logger.warning("The end of an attempt could not be written down, trying again", exc_info=True)

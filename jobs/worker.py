@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from django.db import InterfaceError, OperationalError, connections
+from django.db import InterfaceError, InternalError, OperationalError, connections
 from django.utils.module_loading import import_string
 from redis.exceptions import RedisError
 from rq import worker_registration
@@ -256,7 +256,8 @@ class Worker(RQWorker):
             if outcome := work():
                 self.log.info("Worker %s: %s: %s", self.name, what, outcome)
             code = 0
-        except (OperationalError, InterfaceError) as error:
+        except (OperationalError, InterfaceError, InternalError) as error:
+            # The last is what PostgreSQL says when it only reads, since another has taken its place.
             self.log.warning("Worker %s: %s: the database does not answer (%s)", self.name, what, error)
             code = EXIT_NO_DATABASE
         except BaseException:
@@ -328,10 +329,11 @@ class Worker(RQWorker):
         self.log.warning("Worker %s: %s: %s", self.name, message.id, evidence)
         if code == claims.EXIT_LEASE_LOST:
             return
+        is_away = code == EXIT_NO_DATABASE
         try:
             if attempt is None:
                 enqueue.redeliver_call(message, self.connection, again_at, message.declared.backoff.delay(1))
-            elif code == EXIT_NO_DATABASE:
+            elif is_away:
                 pass
             elif was_killed:
                 claims.release(attempt)
@@ -342,9 +344,10 @@ class Worker(RQWorker):
         except Exception:
             # Its lease will run out, and whoever takes the row next counts the crash.
             self.log.exception("Worker %s: the death of %s could not be written down", self.name, message.id)
+            is_away = True
         finally:
             _disconnect()
-        if code == EXIT_NO_DATABASE:
+        if is_away:
             # The next message would meet the same; what is in the queue had better stay there.
             self._pause(LONGEST_RETRY_SECONDS)
 

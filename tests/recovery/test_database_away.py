@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from tests import database
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import LEASE, Stack, locked_database, missing_database
@@ -103,6 +104,22 @@ def test_gone_and_back(stack: Stack) -> None:
         assert stack.state(task) == "pending"
     stack.wait_until_done(task)
     assert stack.runs(task) == ["done"]
+    assert stack.exits == []
+
+
+@pytest.mark.postgres
+def test_read_only_it_does_not_empty_the_queue(stack: Stack) -> None:
+    """What cannot be claimed would only be taken out of it, and be there again a minute later."""
+    tasks = [Task.objects.create() for _ in range(20)]
+    do_task.enqueue_many(tasks)
+    with database.read_only():
+        stack.worker()
+        refused = "the database does not answer"
+        stack.wait_for(lambda: stack.log("worker").count(refused) >= 2, "two attempts refused")
+        assert len(stack.queued()) >= 17
+    stack.wait_for(lambda: not stack.queued(), "all the others performed")
+    stack.scheduler()
+    stack.wait_until_done(*tasks)
     assert stack.exits == []
 
 
