@@ -53,8 +53,8 @@ def timestamp() -> float:
 
 @contextmanager
 def fixed(at: datetime | None) -> Iterator[None]:
-    """Hold the clock still at the given moment. For tests; `None` leaves it as it is."""
-    token = _fixed.set(at or _fixed.get())
+    """Hold the clock still at the given moment. For tests; `None` leaves it running."""
+    token = _fixed.set(at)
     try:
         yield
     finally:

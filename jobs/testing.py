@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from typing import Any
 
@@ -71,7 +71,7 @@ def drain(now: datetime | None = None) -> Counter[Outcome]:
 
     What is backing off at the given time or the present is left alone: after a `tick(now=later)`, drain then as well.
     """
-    with clock.fixed(now):
+    with clock.fixed(now) if now else nullcontext():
         return _drain()
 
 
