@@ -101,6 +101,21 @@ def test_what_is_in_the_delayed_set_is_queued(task, queued):
     assert queued() == []
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+def test_what_is_queued_is_read_in_slices(size, monkeypatch, queued):
+    """Of the list and the delayed set, one longer than the other, with ids of another job among them."""
+    monkeypatch.setattr(enqueue, "SLICE", size)
+    tasks = make(12)
+    for number, task in enumerate(tasks[:8]):
+        do_task.enqueue(task)
+        if number % 2:
+            delete_task.enqueue(task)
+    for task in tasks[8:11]:
+        do_task.enqueue_with_jitter(task, max_wait=A_MINUTE, min_wait=A_MINUTE)
+    assert schedule_tasks.sweep() == SweepResult(matched=12, enqueued=1, already_queued=11, waiting=0)
+    assert queued()[-1] == f"do_task-{tasks[11].pk}"
+
+
 def test_rows_that_are_held_are_left(queued):
     tasks = make(7)
     leased(tasks[0])
