@@ -334,6 +334,7 @@ class Worker(RQWorker):
             if attempt is None:
                 enqueue.redeliver_call(message, self.connection, again_at, message.declared.backoff.delay(1))
             elif is_away:
+                # Not even that could be written down. Its lease will run out.
                 pass
             elif was_killed:
                 claims.release(attempt)

@@ -149,6 +149,7 @@ class Seams:
                 return self._sessions.pop()
             session = original(wrapper, parameters)
             if not self.is_postgres:
+                # The first function is only added. Whether one may be replaced is asked from the second on.
                 self._is_idle(session)
             return session
 
