@@ -1,7 +1,8 @@
 """Break everything for many minutes, count what was lost, and see that nothing grows.
 
 The exit code is 0 only when no row was lost, none was worked by two at once, nobody wrote who must not, no row was
-quarantined, no command ended by itself, memory and Redis are flat and, in ten minutes or more, every disaster struck.
+quarantined, no request failed while the database was there, no command ended by itself, memory and Redis are flat and,
+in ten minutes or more, every disaster struck.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -16,7 +16,7 @@ from jobs.conf import conf
 from jobs.models import Run
 from soak import audit
 from soak.stage import SPARED, Stage
-from soak.user import slowest, wanted
+from soak.user import Request, undisturbed, wanted
 
 Keys = Mapping[str, tuple[int, int, int]]
 """Each group of keys in Redis: how many they are, their entries, and how many of them never expire."""
@@ -39,6 +39,7 @@ class Verdict:
     bad_writes: Sequence[str] = ()
     unrecorded: Sequence[str] = ()
     quarantined: Sequence[str] = ()
+    refused: Sequence[str] = ()
     unasked: Sequence[str] = ()
     grown: Sequence[str] = ()
     never_struck: Sequence[str] = ()
@@ -62,6 +63,7 @@ class Verdict:
             bad_writes=list(audit.bad(writes)),
             unrecorded=sorted(unrecorded(expected, attempts)),
             quarantined=sorted(stage.observer.quarantined),
+            refused=refused(undisturbed(stage.user.requests, stage.troubles), stage.began),
             unasked=stage.unasked,
             grown=[*grown(stage.observer.memory, SPARED), *piled_up(keys)],
         )
@@ -90,6 +92,7 @@ class Verdict:
             "Bad writes": self.bad_writes,
             "Finished, and the ledger knows nothing of it": self.unrecorded,
             "Quarantined, though none of them is at fault": self.quarantined,
+            "Requests that failed while the database was there": self.refused,
             "Commands that ended by themselves": self.unasked,
             "Grown": self.grown,
             "Disasters that never struck": self.never_struck,
@@ -116,16 +119,29 @@ def figures(stage: Stage, kinds: Sequence[str], attempts: Sequence[Interval], ke
     outcomes = Run.objects.filter(job__in=MODELS).values_list("outcome").annotate(Count("pk")).order_by("outcome")
     history = ", ".join(f"{outcome} {count}" for outcome, count in outcomes)
     yield f"The library's own history of them: {history or 'nothing'}."
-    yield f"Of {len(requests)} requests {sum(bool(request.error) for request in requests)} failed."
-    if worst := slowest(requests, stage.troubles):
+    calm = undisturbed(requests, stage.troubles)
+    yield (
+        f"Of {len(requests)} requests {failures(requests)} failed; of the {len(calm)} while the database was there, "
+        f"{failures(calm)}."
+    )
+    if worst := max(calm, key=lambda each: each.took, default=None):
         yield (
-            f"While the database was there, the slowest took {worst.took:.2f} s, to {worst.verb} {worst.name} "
+            f"The slowest of these took {worst.took:.2f} s, to {worst.verb} {worst.name} "
             f"at {worst.began - stage.began:.1f} s."
         )
     yield (
         f"PostgreSQL had {observer.sessions.most} sessions at most and {observer.sessions.last} at the end; "
         f"Redis {observer.clients.most} clients at most and {observer.clients.last} at the end."
     )
+
+
+def failures(requests: Iterable[Request]) -> int:
+    return sum(bool(each.error) for each in requests)
+
+
+def refused(requests: Iterable[Request], since: float) -> list[str]:
+    """Return what is known of each of the requests that failed, with its time in seconds since then."""
+    return [f"{each.began - since:.1f} s: {each.verb} {each.name}: {each.error}" for each in requests if each.error]
 
 
 def at_once(attempts: Sequence[Interval], frozen_for: Mapping[Process, float], margin: float) -> list[Clash]:

@@ -129,10 +129,7 @@ def wanted(requests: Iterable[Request], given_up: set[str], there: Mapping[str, 
     return {name: "deleted" if name in deletions else ending for name, ending in endings.items()}
 
 
-def slowest(requests: Iterable[Request], troubles: Iterable[tuple[float, float]]) -> Request | None:
-    """Return the slowest of the requests during which nothing was wrong with the database."""
+def undisturbed(requests: Iterable[Request], troubles: Iterable[tuple[float, float]]) -> list[Request]:
+    """Return the requests during which nothing was wrong with the database: none of them may fail."""
     spans = list(troubles)
-    undisturbed = (
-        each for each in requests if not any(each.began < until and since < each.ended for since, until in spans)
-    )
-    return max(undisturbed, key=lambda each: each.took, default=None)
+    return [each for each in requests if not any(each.began < until and since < each.ended for since, until in spans)]

@@ -8,8 +8,8 @@ from demo.rows import Snapshot
 from soak.audit import Write, bad
 from soak.disasters import DISASTERS, read_kinds
 from soak.observer import Heals, Measured, group_of
-from soak.report import Verdict, at_once, grown, heals, percentile, piled_up, thirds
-from soak.user import Request, slowest, wanted
+from soak.report import Verdict, at_once, grown, heals, percentile, piled_up, refused, thirds
+from soak.user import Request, undisturbed, wanted
 
 A_LIFE = [
     Write("a", "", "pending", "user"),
@@ -87,11 +87,16 @@ def test_a_deletion_that_overtook_its_creation_found_nothing():
     assert wanted(requests, {"a"}, {"a": 1}) == {"a": "deleted"}
 
 
-def test_the_slowest_request_is_one_during_which_the_database_was_there():
-    requests = [asked("create", "a", 0, 5), asked("create", "b", 10, 10.4), asked("create", "c", 20, 20.2)]
-    assert slowest(requests, [(4, 6)]) == requests[1]
-    assert slowest(requests, [(10.1, 10.2), (1, 2)]) == requests[2]
-    assert slowest([], []) is None
+def test_a_request_that_failed_counts_unless_something_was_wrong_with_the_database_meanwhile():
+    requests = [
+        asked("create", "a", 0, 5, "OperationalError"),
+        asked("create", "b", 10, 10.4),
+        asked("delete", "c", 20, 20.2, "RedisError: it was away"),
+    ]
+    assert undisturbed(requests, [(4, 6)]) == requests[1:]
+    assert undisturbed(requests, [(10.1, 10.2), (1, 2)]) == requests[2:]
+    assert undisturbed(requests, [(5, 10), (10.4, 20)]) == requests
+    assert refused(undisturbed(requests, [(4, 6)]), since=10) == ["10.0 s: delete c: RedisError: it was away"]
 
 
 # --- Heals ------------------------------------------------------------------------------------------------------------
@@ -200,6 +205,7 @@ def test_a_proof_is_what_nothing_speaks_against():
         {"bad_writes": ["a: ready to ready"]},
         {"unrecorded": ["a"]},
         {"quarantined": ["1"]},
+        {"refused": ["10.0 s: create a: cut off"]},
         {"unasked": ["worker-1 (7) ended by itself with code 0"]},
         {"grown": ["worker-1 from 60.0 to 71.0 MB"]},
         {"never_struck": ["redis emptied"]},
