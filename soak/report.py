@@ -39,7 +39,7 @@ class Verdict:
     bad_writes: Sequence[str] = ()
     unrecorded: Sequence[str] = ()
     quarantined: Sequence[str] = ()
-    refused: Sequence[str] = ()
+    failed: Sequence[str] = ()
     unasked: Sequence[str] = ()
     grown: Sequence[str] = ()
     never_struck: Sequence[str] = ()
@@ -63,7 +63,10 @@ class Verdict:
             bad_writes=list(audit.bad(writes)),
             unrecorded=sorted(unrecorded(expected, attempts)),
             quarantined=sorted(stage.observer.quarantined),
-            refused=refused(undisturbed(stage.user.requests, stage.troubles), stage.began),
+            failed=[
+                f"{each.began - stage.began:.1f} s: to {each.verb} {each.name}: {each.error}"
+                for each in failed(undisturbed(stage.user.requests, stage.troubles))
+            ],
             unasked=stage.unasked,
             grown=[*grown(stage.observer.memory, SPARED), *piled_up(keys)],
         )
@@ -92,7 +95,7 @@ class Verdict:
             "Bad writes": self.bad_writes,
             "Finished, and the ledger knows nothing of it": self.unrecorded,
             "Quarantined, though none of them is at fault": self.quarantined,
-            "Requests that failed while the database was there": self.refused,
+            "Requests that failed while the database was there": self.failed,
             "Commands that ended by themselves": self.unasked,
             "Grown": self.grown,
             "Disasters that never struck": self.never_struck,
@@ -121,8 +124,8 @@ def figures(stage: Stage, kinds: Sequence[str], attempts: Sequence[Interval], ke
     yield f"The library's own history of them: {history or 'nothing'}."
     calm = undisturbed(requests, stage.troubles)
     yield (
-        f"Of {len(requests)} requests {failures(requests)} failed; of the {len(calm)} while the database was there, "
-        f"{failures(calm)}."
+        f"Of {len(requests)} requests {len(failed(requests))} failed; of the {len(calm)} while the database was there, "
+        f"{len(failed(calm))}."
     )
     if worst := max(calm, key=lambda each: each.took, default=None):
         yield (
@@ -135,13 +138,8 @@ def figures(stage: Stage, kinds: Sequence[str], attempts: Sequence[Interval], ke
     )
 
 
-def failures(requests: Iterable[Request]) -> int:
-    return sum(bool(each.error) for each in requests)
-
-
-def refused(requests: Iterable[Request], since: float) -> list[str]:
-    """Return what is known of each of the requests that failed, with its time in seconds since then."""
-    return [f"{each.began - since:.1f} s: {each.verb} {each.name}: {each.error}" for each in requests if each.error]
+def failed(requests: Iterable[Request]) -> list[Request]:
+    return [each for each in requests if each.error]
 
 
 def at_once(attempts: Sequence[Interval], frozen_for: Mapping[Process, float], margin: float) -> list[Clash]:

@@ -8,7 +8,7 @@ from demo.rows import Snapshot
 from soak.audit import Write, bad
 from soak.disasters import DISASTERS, read_kinds
 from soak.observer import Heals, Measured, group_of
-from soak.report import Verdict, at_once, grown, heals, percentile, piled_up, refused, thirds
+from soak.report import Verdict, at_once, failed, grown, heals, percentile, piled_up, thirds
 from soak.user import Request, undisturbed, wanted
 
 A_LIFE = [
@@ -96,7 +96,7 @@ def test_a_request_that_failed_counts_unless_something_was_wrong_with_the_databa
     assert undisturbed(requests, [(4, 6)]) == requests[1:]
     assert undisturbed(requests, [(10.1, 10.2), (1, 2)]) == requests[2:]
     assert undisturbed(requests, [(5, 10), (10.4, 20)]) == requests
-    assert refused(undisturbed(requests, [(4, 6)]), since=10) == ["10.0 s: delete c: RedisError: it was away"]
+    assert failed(undisturbed(requests, [(4, 6)])) == requests[2:]
 
 
 # --- Heals ------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_a_proof_is_what_nothing_speaks_against():
         {"bad_writes": ["a: ready to ready"]},
         {"unrecorded": ["a"]},
         {"quarantined": ["1"]},
-        {"refused": ["10.0 s: create a: cut off"]},
+        {"failed": ["10.0 s: to create a: cut off"]},
         {"unasked": ["worker-1 (7) ended by itself with code 0"]},
         {"grown": ["worker-1 from 60.0 to 71.0 MB"]},
         {"never_struck": ["redis emptied"]},
