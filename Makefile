@@ -5,7 +5,7 @@ PYTHON ?= python3
 WORKERS ?= 4
 MINUTES ?= 20
 ARGS ?=
-# Where `make test` runs: here, or in one of the two that `make matrix` makes.
+# Where the tests run: here, or in one of the two that `make matrix` makes.
 VENV ?= .venv
 
 # Demo, soak and tests start hundreds of processes: none of them is to compile everything again.
@@ -15,7 +15,7 @@ INSTALLED := .venv/.installed
 EXTRAS := local,postgres,prometheus,docs,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo soak run test browser matrix chaos bench docs lint format clean .venv
+.PHONY: help demo soak run test versions browser matrix chaos bench docs lint format clean .venv
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,10 +40,13 @@ define pytest
 	esac
 endef
 
-test: $(VENV)/.installed browser  ## run every test on SQLite and PostgreSQL; they start their own servers (ARGS="-k name")
+test: $(VENV)/.installed browser  ## see whether a change holds, on SQLite and PostgreSQL, in minutes (ARGS="-k name")
 	$(VENV)/bin/python manage.py makemigrations --check --dry-run
 	$(call pytest)
 	$(call pytest,--postgres)
+
+versions: $(VENV)/.installed browser
+	$(call pytest,--postgres --versions)
 
 # What is there is taken. Else Debian's, where that can be installed, or the one that Playwright downloads.
 browser: $(VENV)/.installed  ## see that there is a Chromium for the tests in tests/browser
@@ -52,9 +55,9 @@ browser: $(VENV)/.installed  ## see that there is a Chromium for the tests in te
 			&& DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends chromium; } \
 		|| $(VENV)/bin/python -m playwright install chromium
 
-matrix:  ## run them with the oldest versions of everything that are supported, and with the newest
-	$(MAKE) test VENV=.venv-oldest
-	$(MAKE) test VENV=.venv-newest
+matrix:  ## run all tests with the newest versions, the long ones too, and with the oldest what depends on them
+	$(MAKE) test VENV=.venv-newest ARGS=--long
+	$(MAKE) versions VENV=.venv-oldest
 
 bench: .venv  ## measure speed and memory against their bars, and write benchmarks/RESULTS.md (10 minutes)
 	.venv/bin/python -m benchmarks $(ARGS)

@@ -70,14 +70,6 @@ class Process:
     started_at: float = 0.0
     running: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        self.started_at = time.monotonic()
-        with self.log_path.open("ab") as log:
-            # A session of its own: Ctrl-C in the terminal is for the supervisor, which then ends this in its own order.
-            self.running = subprocess.Popen(
-                self.argv, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-
 
 class Supervisor:
     """Starts processes, replaces those that died, and leaves none behind. Use it in a `with` block.
@@ -115,7 +107,7 @@ class Supervisor:
             raise StackError(f"There is a process {name!r} already. Choose another name.")
         process = Process(name, argv, {**os.environ, **self._env, **(env or {})}, self.logs / f"{name}.log")
         self._processes[name] = process
-        process.start()
+        self._start(process)
 
     def poll(self) -> list[Death]:
         """Replace the processes that died, save those held down, and return the deaths since the last call.
@@ -128,7 +120,7 @@ class Supervisor:
                 deaths.append(Death(process.name, process.running.pid, code))
                 process.running = None
             if not process.running and not process.is_held and time.monotonic() > process.started_at + RESTART_SECONDS:
-                process.start()
+                self._start(process)
         return deaths
 
     def hold(self, name: str) -> None:
@@ -167,6 +159,17 @@ class Supervisor:
             self._end_marked()
             for popen in running:
                 popen.wait()
+
+    def _start(self, process: Process) -> None:
+        process.started_at = time.monotonic()
+        process.running = self._launch(process.argv, process.env, process.log_path)
+
+    def _launch(self, argv: Sequence[str], env: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+        with log_path.open("ab") as log:
+            # A session of its own: Ctrl-C in the terminal is for the supervisor, which then ends this in its own order.
+            return subprocess.Popen(
+                argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
 
     def _lock(self, file: IO[str]) -> None:
         """Take the folder for this supervisor. The kernel frees it when this process dies, however it dies."""

@@ -2,13 +2,33 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import hypothesis
 import psycopg
 import pytest
+from django.test import TransactionTestCase
 from psycopg import sql
 from redis import Redis
 
 from config.servers import PostgresServer, RedisServer, postgres_binary
+from tests import pristine
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.register_profile("short", max_examples=50)
+    hypothesis.settings.register_profile("long", max_examples=300)
+    hypothesis.settings.load_profile("long" if config.option.long else "short")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
+    """The database of this test process, as it is after each test."""
+    with django_db_blocker.unblock():
+        teardown = pristine.replace_flush(pristine.keep())
+    with mock.patch.object(TransactionTestCase, "_fixture_teardown", teardown):
+        yield
 
 
 @pytest.fixture(scope="session")

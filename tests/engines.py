@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 from psycopg.conninfo import make_conninfo
 
 from databases.provisioners import Provisioner, get_provisioner
+
+# What an engine does says nothing about the database in which the rows are: each has its turn on that of its own kind.
+ON_ITS_OWN = [pytest.param("sqlite", marks=pytest.mark.sqlite), pytest.param("postgresql", marks=pytest.mark.postgres)]
 
 ORDERS = """
     CREATE TABLE orders (id integer PRIMARY KEY, item text NOT NULL, price real, photo {blob});

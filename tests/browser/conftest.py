@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 # Real workers and a real scheduler, for a page that tells of them.
 from tests.recovery.conftest import stack as stack
+from tests.recovery.conftest import zygote as zygote
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -65,10 +66,18 @@ def visit(browser: Browser, live_server: Any, admin_user: User) -> Iterator[Call
 
 @pytest.fixture
 def barriers() -> Callable[[Page], list[str]]:
-    """What axe-core finds on a page that would keep somebody from using it."""
+    """What axe-core finds on a page that would keep somebody from using it, by day and by night.
+
+    All that the colours change is the contrast.
+    """
 
     def barriers(page: Page) -> list[str]:
-        found = Axe().run(page).response["violations"]
-        return [f"{each['id']}: {node['html']}" for each in found for node in each["nodes"]]
+        by_day = Axe().run(page).response["violations"]
+        page.emulate_media(color_scheme="dark")
+        # The colours are on their way.
+        page.evaluate("document.getAnimations().forEach((each) => each instanceof CSSTransition && each.finish())")
+        by_night = page.evaluate("axe.run({runOnly: ['color-contrast'], resultTypes: ['violations']})")["violations"]
+        page.emulate_media(color_scheme="light")
+        return [f"{each['id']}: {node['html']}" for each in [*by_day, *by_night] for node in each["nodes"]]
 
     return barriers

@@ -2,7 +2,7 @@
 
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from databases.models import Database
 from databases.provisioners import Provisioned
 from jobs.models import Schedule
 from tests.console import State, everything
+from tests.engines import ON_ITS_OWN
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("backups_folder")]
 
@@ -38,9 +39,10 @@ def become_ready(database: Database) -> None:
 # --- Everybody --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 375)])
-def test_everybody_can_use_every_page(visit: Callable[..., Page], barriers, admin_user, scheme, width):
-    page = visit("/", width, color_scheme=scheme)
+@pytest.mark.any_database
+@pytest.mark.parametrize("width", [1400, pytest.param(375, marks=pytest.mark.long)])
+def test_everybody_can_use_every_page(visit: Callable[..., Page], barriers, admin_user, width):
+    page = visit("/", width)
     base = page.url.rstrip("/")
 
     def look(name: str) -> None:
@@ -149,16 +151,11 @@ def requests(page: Page) -> list[str]:
 # --- With real workers behind it --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("SQLite", marks=pytest.mark.sqlite),
-        pytest.param("PostgreSQL", marks=pytest.mark.postgres),
-    ]
-)
-def engine(request, settings) -> Iterator[str]:
-    if request.param == "PostgreSQL":
+@pytest.fixture(params=ON_ITS_OWN)
+def engine(request) -> str:
+    if request.param == "postgresql":
         request.getfixturevalue("postgres")
-    return request.param
+    return Database.Engine(request.param).label
 
 
 def work(stack: Any, settings: Any, backups_folder: Path) -> None:
@@ -239,7 +236,7 @@ def orders(name: str) -> list[tuple[int, str]]:
         return connection.execute(query).fetchall()
 
 
-@pytest.mark.sqlite
+@pytest.mark.any_database
 def test_asked_for_while_redis_is_stopped_and_ready_after_it_is_back(
     stack: Any, visit: Callable[..., Page], settings, backups_folder
 ):

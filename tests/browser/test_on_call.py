@@ -37,6 +37,7 @@ def one_that_backs_off_for_an_hour() -> Task:
     return task
 
 
+@pytest.mark.any_database
 @pytest.mark.timeout(300)
 def test_a_provider_fails_and_comes_back(stack: Any, visit: Callable[..., Page], barriers: Callable[[Page], list[str]]):
     stack.scheduler()

@@ -11,8 +11,8 @@ from config import BASE_DIR
 from config.servers import PostgresServer, RedisServer
 from tests.docs.pages import DOCS, PAGES, Project, Untested, blocks, parse
 
-# Each has a database of its own; which one the others are tested with is all the same.
-pytestmark = pytest.mark.sqlite
+# Each page's project has a database of its own.
+pytestmark = pytest.mark.once
 
 PROOFS = Path(__file__).with_name("proofs")
 

@@ -21,7 +21,7 @@ from jobs.models import Schedule
 from jobs.scheduler import Scheduler
 from jobs.worker import Worker
 from tests.cast.models import Task
-from tests.engines import Engine, PostgreSQL, SQLite
+from tests.engines import ON_ITS_OWN, Engine, PostgreSQL, SQLite
 
 QUEUES = ["urgent", "default", "background"]
 DEFAULT_LIST = "rq:queue:default"
@@ -149,9 +149,9 @@ def refusing_redis(redis_server: RedisServer) -> Iterator[None]:
     redis_server.start()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=ON_ITS_OWN)
 def engine(request: pytest.FixtureRequest, tmp_path: Path, settings) -> Engine:
-    """Each engine in turn, with nothing in it yet."""
+    """An engine with nothing in it yet."""
     settings.DATABASES_FOLDER = tmp_path / "databases"
     if request.param == "sqlite":
         return Engine(SQLite(settings.DATABASES_FOLDER))

@@ -24,7 +24,7 @@ from databases.models import Database
 from databases.provisioners.sqlite import SQLiteProvisioner
 from jobs.models import Claim, Run
 from jobs.testing import perform
-from tests.engines import Engine, password_of
+from tests.engines import ON_ITS_OWN, Engine, password_of
 from tests.integration.killing import in_a_child, killed
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -39,8 +39,6 @@ LOADED = {
     "sqlite": "databases.provisioners.sqlite.restore",
     "postgresql": "databases.provisioners.postgresql.PostgreSQLProvisioner._restore",
 }
-# Where it matters on which engine, each of them is on one of the databases in which the rows are.
-ON_ITS_OWN = [pytest.param("sqlite", marks=pytest.mark.sqlite), pytest.param("postgresql", marks=pytest.mark.postgres)]
 on_sqlite = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
 on_its_own = pytest.mark.parametrize("engine", ON_ITS_OWN, indirect=True)
 

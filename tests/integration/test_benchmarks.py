@@ -8,9 +8,12 @@ import pytest
 from benchmarks.figures import Figure, table
 from config import BASE_DIR
 
+# They bring their own.
+pytestmark = pytest.mark.once
 
+
+@pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.sqlite
 def test_it_measures_on_both_databases_and_writes_its_results(tmp_path):
     results = tmp_path / "RESULTS.md"
     few = ["--most", "110000", "--lives", "9", "--megabytes", "8"]

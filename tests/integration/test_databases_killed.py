@@ -32,9 +32,6 @@ ENGINES = {
     "sqlite": "databases.provisioners.sqlite.SQLiteProvisioner",
     "postgresql": "databases.provisioners.postgresql.PostgreSQLProvisioner",
 }
-# Each of them on one of the databases in which the rows are.
-ON_ITS_OWN = [pytest.param("sqlite", marks=pytest.mark.sqlite), pytest.param("postgresql", marks=pytest.mark.postgres)]
-on_its_own = pytest.mark.parametrize("engine", ON_ITS_OWN, indirect=True)
 # The row says so, and the claim is still there.
 SETTLE = ("before", "jobs.claims.settle")
 
@@ -93,7 +90,6 @@ def there(engine: Engine, *names: str) -> bool:
     return True
 
 
-@on_its_own
 @pytest.mark.parametrize("step", steps("create", "databases.models.Database.become_ready"), ids=str)
 def test_a_creation(engine, make, kill, step):
     shop = make("shop", Database.State.PENDING)
@@ -104,7 +100,6 @@ def test_a_creation(engine, make, kill, step):
     assert there(engine, "shop")
 
 
-@on_its_own
 @pytest.mark.parametrize("step", steps("copy", "databases.models.Database.become_ready"), ids=str)
 def test_a_branch(engine, make, kill, step):
     shop = make("shop")
@@ -117,7 +112,6 @@ def test_a_branch(engine, make, kill, step):
     assert engine.ask("branch", "SELECT count(*) FROM orders") == [(3,)]
 
 
-@on_its_own
 @pytest.mark.parametrize("step", steps("delete", "databases.models.Database.become_deleted"), ids=str)
 def test_a_deletion(engine, make, kill, step):
     shop = make("shop")
@@ -129,7 +123,6 @@ def test_a_deletion(engine, make, kill, step):
     assert there(engine)
 
 
-@on_its_own
 @pytest.mark.parametrize(
     "step",
     [

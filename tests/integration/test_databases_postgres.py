@@ -13,6 +13,8 @@ from databases.provisioners.postgresql import PostgreSQLProvisioner, take_over
 from tests.engines import Engine, PostgreSQL, password_of
 from tests.machine import within
 
+pytestmark = pytest.mark.postgres
+
 
 @pytest.fixture
 def engine(postgres) -> Engine:

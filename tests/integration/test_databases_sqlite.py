@@ -8,6 +8,8 @@ import pytest
 from databases.provisioners import Refused, sqlite
 from tests.engines import Engine, SQLite
 
+pytestmark = pytest.mark.sqlite
+
 
 @pytest.fixture
 def engine(tmp_path, settings) -> Engine:

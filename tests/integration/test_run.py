@@ -15,8 +15,8 @@ import pytest
 from config import BASE_DIR
 from config.servers import free_port
 
-# What `make run` runs on when nothing is set.
-pytestmark = pytest.mark.sqlite
+# On what `make run` runs when nothing is set.
+pytestmark = pytest.mark.once
 
 
 class Run:

@@ -15,6 +15,8 @@ import pytest
 from config import BASE_DIR, servers
 from config.servers import PostgresServer, RedisServer, ServerError, ask, free_port, running_redis
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def server(tmp_path):

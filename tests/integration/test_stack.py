@@ -15,6 +15,8 @@ from config import BASE_DIR
 from config.stack import MARK, Death, StackError, Supervisor, job_commands
 from tests.machine import within
 
+pytestmark = pytest.mark.once
+
 # A process with a child that, like a worker's, is in a group of its own and outlives it.
 WITH_CHILD = [
     sys.executable,

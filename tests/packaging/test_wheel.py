@@ -30,8 +30,8 @@ CODE = dict(re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```", README, re.DOTALL 
 COMMANDS = [
     shlex.split(line, comments=True) for line in re.findall(r"^\$ python manage\.py (.+)$", README, re.MULTILINE)
 ]
-# A project that Django has just made keeps its rows in SQLite.
-pytestmark = pytest.mark.sqlite
+# A stranger's project has a database of its own, and the versions that pip finds for it.
+pytestmark = pytest.mark.once
 
 REDIS_OF_THE_README = "redis://localhost:6379/0"
 
@@ -186,7 +186,13 @@ OF_THE_README = {
 LABELLED = {"vacancies": {"apps.py": LABELLED_JOBS, "models.py": VACANCY}}
 
 
-@pytest.mark.parametrize("others", [{}, LABELLED], ids=["alone", "beside an app with the label jobs"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param({}, id="alone"),
+        pytest.param(LABELLED, id="beside an app with the label jobs", marks=pytest.mark.long),
+    ],
+)
 def test_a_strangers_project_heals(others, python, tmp_path, redis_server: RedisServer, redis: Redis):
     project = Project(python, tmp_path / "project", redis_server.url, {**others, **OF_THE_README})
     migrate, scheduler, worker, *steering = COMMANDS

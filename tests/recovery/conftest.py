@@ -26,6 +26,7 @@ from jobs.clock import timestamp
 from jobs.models import Claim, Run, Schedule
 from tests import database
 from tests.cast.models import Task
+from tests.recovery.forked import ForkingSupervisor, Zygote
 from tests.recovery.traps import Trap
 
 # One second of a lease here stands for ten in production.
@@ -303,8 +304,15 @@ def remembers(process: psutil.Process, home: Path) -> bool:
         return False
 
 
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    zygote = Zygote()
+    yield zygote
+    zygote.end()
+
+
 @pytest.fixture
-def stack(transactional_db: None, tmp_path: Path, settings, monkeypatch) -> Iterator[Stack]:
+def stack(transactional_db: None, tmp_path: Path, settings, monkeypatch, zygote: Zygote) -> Iterator[Stack]:
     """Its Redis runs; its processes are up to the test. None of them outlives it."""
     redis = RedisServer(tmp_path / "redis")
     environment = {
@@ -317,7 +325,7 @@ def stack(transactional_db: None, tmp_path: Path, settings, monkeypatch) -> Iter
     }
     settings.RQ_QUEUES = {name: {**queue, "URL": redis.url} for name, queue in settings.RQ_QUEUES.items()}
     monkeypatch.setenv("CAST_LEDGER", environment["CAST_LEDGER"])
-    with redis, Redis.from_url(redis.url) as client, Supervisor(tmp_path, environment) as supervisor:
+    with redis, Redis.from_url(redis.url) as client, ForkingSupervisor(tmp_path, environment, zygote) as supervisor:
         yield Stack(tmp_path, redis, supervisor, client)
         # No test is about how they end now.
         supervisor.stop(grace=0)

@@ -13,6 +13,7 @@ from databases.jobs import create_database
 from databases.models import Database
 from databases.provisioners import get_provisioner
 from jobs.models import Claim, Run, Schedule
+from tests.engines import ON_ITS_OWN
 from tests.recovery.conftest import Stack
 from tests.recovery.traps import Trap
 
@@ -20,7 +21,6 @@ ENGINES = {
     "sqlite": "databases.provisioners.sqlite.SQLiteProvisioner",
     "postgresql": "databases.provisioners.postgresql.PostgreSQLProvisioner",
 }
-ON_ITS_OWN = [pytest.param("sqlite", marks=pytest.mark.sqlite), pytest.param("postgresql", marks=pytest.mark.postgres)]
 
 
 @pytest.fixture(params=ON_ITS_OWN)

@@ -9,14 +9,14 @@ from django.db import connections
 
 from databases.models import Database, DeployRequest
 from jobs.models import Claim, Run, Schedule
-from tests.engines import Engine, PostgreSQL, SQLite, password_of
+from tests.engines import ON_ITS_OWN, Engine, PostgreSQL, SQLite, password_of
 from tests.recovery.conftest import Stack
 from tests.recovery.traps import Trap
 
 CHANGE = "CREATE TABLE visits (id integer); INSERT INTO orders VALUES (7, 'a visit', 0, NULL)"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=ON_ITS_OWN)
 def engine(request: pytest.FixtureRequest, tmp_path: Path, settings) -> Engine:
     settings.DATABASES_FOLDER = tmp_path / "databases"
     if request.param == "sqlite":

@@ -26,7 +26,7 @@ def run_demo(home, settings: str, *options: str) -> subprocess.CompletedProcess[
 
 
 # The demo brings a SQLite file of its own.
-pytestmark = pytest.mark.sqlite
+pytestmark = pytest.mark.once
 
 
 def test_with_the_lease_no_row_is_worked_by_two_at_once(home):
@@ -35,6 +35,7 @@ def test_with_the_lease_no_row_is_worked_by_two_at_once(home):
     assert "Created 18, ready 17, deleted 1, lost 0, worked by two at once 0." in demo.stdout
 
 
+@pytest.mark.long
 def test_without_the_lease_the_ledger_catches_two_on_one_row(home):
     # Without the lease it is up to chance whether two meet. With a backlog they do not, since a row at work is then not
     # the first that is queued again: the user asks for so little that also a machine that is busy with something else

@@ -12,7 +12,7 @@ import pytest
 from config import BASE_DIR
 
 # It brings servers of its own.
-pytestmark = pytest.mark.sqlite
+pytestmark = pytest.mark.once
 
 SMALL = {
     "--minutes": "0.4",
@@ -55,6 +55,7 @@ def test_with_the_library_as_it_is(home):
     assert re.search(r"worker-1 \(never killed\) +\d+ +\d+\.\d MB", said)
 
 
+@pytest.mark.long
 def test_without_the_lease_two_are_at_one_row(home, monkeypatch):
     # Sweeps queue again what is being worked on, a free worker takes it, and no heartbeat ends the first one so soon.
     # Few rows, so that workers are free: behind all of them, what was queued again would wait until its row has ended.
@@ -66,6 +67,7 @@ def test_without_the_lease_two_are_at_one_row(home, monkeypatch):
     assert re.search(r"soak_\d+: process \d+ \(\w+\) .* process \d+ \(\w+\) started; together for \d", said)
 
 
+@pytest.mark.long
 def test_without_a_look_at_claim_and_state_writes_are_bad(home):
     code, said = soak(home, settings="tests.recovery.soak_without_look", disasters="child frozen")
     assert code == 1, said
@@ -73,6 +75,7 @@ def test_without_a_look_at_claim_and_state_writes_are_bad(home):
     assert re.search(r"Bad writes:\n  soak_\d+: ", said)
 
 
+@pytest.mark.long
 def test_a_request_that_fails_because_redis_is_away_is_no_proof(home):
     code, said = soak(home, settings="tests.recovery.soak_that_needs_redis", disasters="redis down")
     assert code == 1, said

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from jobs import Backoff
 from jobs.backoff import spread
 
+pytestmark = pytest.mark.once
+
 SECOND = timedelta(seconds=1)
 durations = st.timedeltas(min_value=timedelta(milliseconds=1), max_value=timedelta(days=400))
 chances = st.floats(min_value=0, max_value=1, exclude_max=True)

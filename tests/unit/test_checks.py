@@ -21,6 +21,8 @@ from jobs.conf import DEFAULTS, conf
 from jobs.exceptions import Misconfigured, SelfHealError
 from tests.cast.models import Parcel, Seat, Stateful, Task, Truck
 
+pytestmark = pytest.mark.any_database
+
 EVERY_MINUTE = "* * * * *"
 
 

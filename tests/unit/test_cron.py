@@ -11,6 +11,8 @@ from django.utils import timezone
 from jobs import cron
 from jobs.models import validate_cron
 
+pytestmark = pytest.mark.any_database
+
 
 def utc(*moment: int) -> datetime:
     return datetime(*moment, tzinfo=UTC)

@@ -6,6 +6,8 @@ import pytest
 
 from databases.sql import losses
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(
     ("sql", "found"),

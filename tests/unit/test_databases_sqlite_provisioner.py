@@ -14,6 +14,8 @@ import pytest
 from databases.provisioners import ProvisioningError, get_provisioner
 from databases.provisioners.sqlite import SQLiteProvisioner
 
+pytestmark = pytest.mark.once
+
 # Runs one method of the engine and kills its own process before the n-th thing that it does to the folder: Python
 # reports each opening, linking, removal and renaming to an audit hook before it happens, and SQLite each statement.
 KILLED_BEFORE = """

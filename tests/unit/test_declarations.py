@@ -16,6 +16,8 @@ from jobs.sweep import Sweep
 from tests.cast.jobs import do_task, nightly, schedule_tasks, touch_file
 from tests.cast.models import Task
 
+pytestmark = pytest.mark.any_database
+
 
 @pytest.fixture(autouse=True)
 def _declaring() -> Iterator[None]:

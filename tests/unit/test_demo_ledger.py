@@ -2,7 +2,11 @@
 
 from math import inf
 
+import pytest
+
 from demo.ledger import Ending, Event, Process, clashes, intervals, lost, open_starts, parse, unrecorded
+
+pytestmark = pytest.mark.once
 
 ONE, OTHER = Process(101, 1.0), Process(202, 2.0)
 

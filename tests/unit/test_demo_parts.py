@@ -17,6 +17,8 @@ from demo.rows import Row, Snapshot, rows_of
 from demo.screen import Screen, table
 from demo.story import ROWS, STEPS, Story
 
+pytestmark = pytest.mark.once
+
 
 def test_the_rows_in_the_queue_are_found_by_their_messages():
     lists = [[b"schedule_databases", b"create_database-7"], [b"deploy-12", b"create_database-x", b"\xff-1"]]

@@ -13,6 +13,8 @@ import pytest
 from demo.ledger import Event, Process, intervals
 from demo.watch import Watch, is_alive
 
+pytestmark = pytest.mark.once
+
 
 def clock() -> float:
     return time.clock_gettime(time.CLOCK_MONOTONIC)

@@ -13,6 +13,8 @@ from redis import Redis
 from jobs.message import Message, decode, encode, pk_text, pk_value, row_id
 from tests.cast.models import Keyed, Task, Ticket
 
+pytestmark = pytest.mark.any_database
+
 ALLOWED = re.compile(r"[A-Za-z0-9_-]*")
 # What a text column can hold: no lone surrogates.
 texts = st.text(st.characters(exclude_categories=["Cs"]))

@@ -10,6 +10,8 @@ import pytest
 
 import jobs
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(jobs.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 MODULES = {path.stem for path in ROOT.glob("*.py")}

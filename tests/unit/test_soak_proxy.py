@@ -11,6 +11,8 @@ import pytest
 
 from soak.proxy import Proxy
 
+pytestmark = pytest.mark.once
+
 PATIENCE = 10
 
 

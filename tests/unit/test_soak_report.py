@@ -11,6 +11,8 @@ from soak.observer import Heals, Measured, group_of
 from soak.report import Verdict, at_once, failed, grown, heals, percentile, piled_up, thirds
 from soak.user import Request, undisturbed, wanted
 
+pytestmark = pytest.mark.once
+
 A_LIFE = [
     Write("a", "", "pending", "user"),
     Write("a", "pending", "ready", "7", "7"),

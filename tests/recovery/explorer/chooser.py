@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +40,10 @@ class Chooser:
     """Decides by chance. The same seed decides the same.
 
     Each schedule knows some of the faults only, and has rates of its own: what needs many of one kind is found by those
-    that have nothing else.
+    that have nothing else. With `only`, it is these that it knows.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, only: Sequence[str] = ()) -> None:
         self.chance = random.Random(seed)
         self.made: list[Decision] = []
         self.cuts = self.chance.choice([250, 500, 900])
@@ -50,6 +51,8 @@ class Chooser:
         self.turns = self.chance.choice([0.0, 0.02, 0.1, 0.3])
         self.rate = self.chance.choice([0.01, 0.03, 0.08])
         self.weights = {name: fault.weight * self.chance.choice([0, 1, 1, 4]) for name, fault in FAULTS.items()}
+        if only:
+            self.weights = {name: float(name in only) for name in FAULTS}
 
     def at(self, actor: Actor, kind: str, what: str) -> Decision | None:
         world = actor.world

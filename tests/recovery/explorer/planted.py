@@ -19,6 +19,8 @@ from tests.recovery.explorer import processes
 
 Bug = Callable[[], AbstractContextManager[Any]]
 BUGS: dict[str, Bug] = {}
+# The faults by which each is found soon: with them alone, one of the first seeds does.
+FOUND_BY: dict[str, tuple[str, ...]] = {}
 # A seed shortly before one that finds the bug. Most are found by one of the first, and the others in their turn.
 FROM_SEED = {
     "heartbeat_from_the_parent": 211,
@@ -29,19 +31,24 @@ FROM_SEED = {
 }
 
 
-def bug(plant: Callable[[], Iterator[None]]) -> Bug:
-    BUGS[plant.__name__] = contextmanager(plant)
-    return BUGS[plant.__name__]
+def bug(*found_by: str) -> Callable[[Callable[[], Iterator[None]]], Bug]:
+    """Declare a bug, and by which faults it is found soon."""
+
+    def declare(plant: Callable[[], Iterator[None]]) -> Bug:
+        BUGS[plant.__name__], FOUND_BY[plant.__name__] = contextmanager(plant), found_by
+        return BUGS[plant.__name__]
+
+    return declare
 
 
-@bug
+@bug("jump")
 def no_fence() -> Iterator[None]:
     """with_lock does not ask whether the claim is still there."""
     with mock.patch.object(claims, "_renew_or_lose", return_value=None):
         yield
 
 
-@bug
+@bug("change")
 def no_re_read_under_the_lock() -> Iterator[None]:
     """with_lock does not read the row again, and so writes over what a user has set meanwhile."""
 
@@ -52,7 +59,7 @@ def no_re_read_under_the_lock() -> Iterator[None]:
         yield
 
 
-@bug
+@bug("jump")
 def settle_without_the_token() -> Iterator[None]:
     """An attempt that has ended settles the row's claim, whoever has it by now."""
 
@@ -71,7 +78,7 @@ def settle_without_the_token() -> Iterator[None]:
         yield
 
 
-@bug
+@bug("enqueue_all")
 def claims_ignore_next_attempt_at() -> Iterator[None]:
     """A row that backs off is taken when a message about it comes."""
 
@@ -82,7 +89,7 @@ def claims_ignore_next_attempt_at() -> Iterator[None]:
         yield
 
 
-@bug
+@bug("change")
 def lease_per_job() -> Iterator[None]:
     """Each job has a lease of its own on a row."""
     key = property(lambda attempt: f"{attempt.declared.name}:{attempt.model}:{attempt.pk}")
@@ -90,7 +97,7 @@ def lease_per_job() -> Iterator[None]:
         yield
 
 
-@bug
+@bug("kill_worker")
 def heartbeat_from_the_parent() -> Iterator[None]:
     """The worker renews the lease of its child, and nobody does when it is killed."""
 
@@ -116,7 +123,7 @@ def heartbeat_from_the_parent() -> Iterator[None]:
         yield
 
 
-@bug
+@bug("kill", "lose_database_call")
 def unique_by_hash() -> Iterator[None]:
     """An id counts as queued for as long as a hash says so, as with rq's `unique=True`."""
     push_ids, push_id, take = enqueue.push_ids, enqueue.push_id, claims.take
@@ -143,7 +150,7 @@ def unique_by_hash() -> Iterator[None]:
         yield
 
 
-@bug
+@bug("kill", "lose_redis_call")
 def schedule_advanced_before_the_push() -> Iterator[None]:
     """A due run is pushed once, after its schedule has been advanced, and nobody remembers that it is owed."""
     advance = scheduler._advance
@@ -163,7 +170,7 @@ def schedule_advanced_before_the_push() -> Iterator[None]:
         yield
 
 
-@bug
+@bug("kill_with_worker")
 def leases_never_expire() -> Iterator[None]:
     """A row whose process died waits for ever."""
     with (
@@ -173,14 +180,14 @@ def leases_never_expire() -> Iterator[None]:
         yield
 
 
-@bug
+@bug("outage")
 def sweep_without_a_look() -> Iterator[None]:
     """A sweep pushes what is queued already, and copies pile up while nobody works."""
     with mock.patch.object(enqueue, "queued_ids", side_effect=lambda queue, name: set()):
         yield
 
 
-@bug
+@bug("ping", "kill")
 def lost_calls_are_not_looked_for() -> Iterator[None]:
     """A plain call whose worker is killed between taking and starting it is in no queue any more."""
     with mock.patch.object(enqueue, "find_lost_calls", return_value=0):

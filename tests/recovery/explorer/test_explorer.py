@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from config.servers import RedisServer
-from tests.recovery.explorer.chooser import Script
+from tests.recovery.explorer.chooser import Chooser, Script
 from tests.recovery.explorer.explore import Explorer, _kind, explorer
-from tests.recovery.explorer.planted import BUGS, FROM_SEED
+from tests.recovery.explorer.planted import BUGS, FOUND_BY, FROM_SEED
 from tests.recovery.explorer.shrink import shortest
 
 pytestmark = [
@@ -41,19 +41,32 @@ def test_a_trace_replays_exactly(exploring):
     assert one.log == other.log
 
 
-@pytest.mark.sqlite
+@pytest.mark.once
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found_by_the_faults_that_it_cannot_bear(exploring, bug):
+    def violation(seed: int) -> str | None:
+        return exploring.run(seed, Chooser(seed, FOUND_BY[bug])).violation
+
+    with BUGS[bug]():
+        found = next(filter(violation, range(100)), None)
+    assert found is not None, f"{bug} was not found"
+    # It was the bug that was found, and nothing else.
+    assert not violation(found)
+
+
+@pytest.mark.once
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_found(exploring, bug):
+def test_a_planted_bug_is_found_among_all_faults(exploring, bug):
     first = FROM_SEED.get(bug, 0)
     with BUGS[bug]():
         found = next((seed for seed in range(first, first + 1000) if exploring.run(seed).violation), None)
     assert found is not None, f"{bug} was not found"
-    # It was the bug that was found, and nothing else.
     assert not exploring.run(found).violation
 
 
-@pytest.mark.sqlite
+@pytest.mark.once
 def test_the_story_of_a_failure_tells_the_least_that_leads_to_it(exploring):
     with BUGS["claims_ignore_next_attempt_at"]():
         failed = next(one for one in map(exploring.run, range(1000)) if one.violation and 10 < len(one.decisions) < 40)
@@ -69,6 +82,7 @@ def test_the_story_of_a_failure_tells_the_least_that_leads_to_it(exploring):
     assert f"make chaos SEED={failed.seed} RUNS=1" in story
 
 
+@pytest.mark.once
 def test_the_shortest_list_that_still_fails():
     assert shortest(list(range(100)), lambda part: {3, 71, 72} <= set(part)) == [3, 71, 72]
     assert shortest([1], lambda part: True) == []

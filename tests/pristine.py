@@ -1,0 +1,91 @@
+"""The database of this test process as `migrate` has left it, put back after each test that commits something.
+
+Django's own way is to empty every table and have every app make its rows again. That takes longer than most tests.
+"""
+
+import sqlite3
+from collections.abc import Callable
+from typing import Any
+
+from django.db import connections
+from django.test import TransactionTestCase
+
+# What is left of more rows than fit in here, on PostgreSQL, would be read by every test that follows.
+SMALL_BYTES = 2**20
+
+
+def keep(alias: str = "default") -> Callable[[], None]:
+    """Remember the database as it is now. Returns what puts it back."""
+    connection = connections[alias]
+    connection.ensure_connection()
+    return _kept_sqlite(connection) if connection.vendor == "sqlite" else _kept_postgres(connection)
+
+
+def replace_flush(restore: Callable[[], None]) -> Callable[[TransactionTestCase], None]:
+    """Return what stands in for the end of Django's test case; what else there is than the default is emptied by it."""
+    original = TransactionTestCase._fixture_teardown
+
+    def teardown(case: TransactionTestCase) -> None:
+        restore()
+        if others := set(case._databases_names(include_mirrors=False)) - {"default"}:
+            case.databases = others
+            original(case)
+
+    return teardown
+
+
+def _kept_sqlite(connection: Any) -> Callable[[], None]:
+    kept = sqlite3.connect(":memory:", check_same_thread=False)
+    connection.connection.backup(kept)
+
+    def restore() -> None:
+        if connection.connection is not None and connection.connection.in_transaction:
+            connection.close()
+        connection.ensure_connection()
+        kept.backup(connection.connection)
+
+    return restore
+
+
+def _kept_postgres(connection: Any) -> Callable[[], None]:
+    quote = connection.ops.quote_name
+    tables = [quote(name) for name in sorted(connection.introspection.table_names())]
+    # Every foreign key that Django makes is looked at when the transaction commits, so the order is all the same.
+    put_back = []
+    with connection.cursor() as cursor:
+        cursor.execute("CREATE SCHEMA pristine")
+        for table in tables:
+            cursor.execute(f"SELECT EXISTS (SELECT FROM {table})")
+            if cursor.fetchone()[0]:
+                cursor.execute(f"CREATE TABLE pristine.{table} AS TABLE {table}")
+                put_back.append(f"INSERT INTO {table} TABLE pristine.{table};")
+    statement = f"""
+        DO $$
+        DECLARE
+            name text;
+            names text[] := ARRAY[{", ".join(f"'{table}'" for table in tables)}];
+        BEGIN
+            SET LOCAL lock_timeout = '30s';
+            FOREACH name IN ARRAY names LOOP
+                IF pg_relation_size(name) > {SMALL_BYTES} THEN
+                    EXECUTE 'TRUNCATE ' || name || ' CASCADE';
+                END IF;
+            END LOOP;
+            FOREACH name IN ARRAY names LOOP
+                IF pg_relation_size(name) > 0 THEN
+                    EXECUTE 'DELETE FROM ' || name;
+                END IF;
+            END LOOP;
+            {" ".join(put_back)}
+        END $$
+    """
+
+    def restore() -> None:
+        raw = connection.connection
+        # Left in a transaction, it would keep this one open, or its locks.
+        if raw is not None and (not raw.autocommit or raw.info.transaction_status):
+            connection.close()
+        with connection.cursor() as cursor:
+            cursor.execute(statement)
+
+    return restore
