@@ -10,7 +10,6 @@ import fcntl
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,20 +31,12 @@ _lock: IO[bytes]
 def begin() -> Path:
     """Make the folder of this run, and mark this process's environment with it. Ends what killed runs have left."""
     global _lock
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):
-            _end_if_over(folder)
+    end_what_is_over()
     home = Path(tempfile.mkdtemp(prefix=PREFIX))
     _lock = (home / "lock").open("wb")
     fcntl.lockf(_lock, fcntl.LOCK_EX)
     os.environ[MARK] = str(home)
-    # In a session of its own: Ctrl-C is for the run.
-    subprocess.Popen(
-        [sys.executable, __file__, str(home)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    os.posix_spawn(sys.executable, [sys.executable, __file__, str(home)], os.environ)
     return home
 
 
@@ -57,11 +48,13 @@ def left_behind(home: Path) -> list[psutil.Process]:
     return found
 
 
-def _end_if_over(home: Path) -> None:
-    with (home / "lock").open("wb") as lock:
-        # Not if the run lives, or its guardian is at it.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _end(home)
+def end_what_is_over() -> None:
+    """End what runs have left that were killed together with their guardians."""
+    for home in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        # Not while the run lives, or its guardian is at it.
+        with suppress(OSError), (home / "lock").open("r+b") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _end(home)
 
 
 def _end(home: Path) -> None:
@@ -88,6 +81,8 @@ def _is_marked(process: psutil.Process, home: Path) -> bool:
 
 
 def main(home: Path) -> None:
+    # Ctrl-C is for the run.
+    os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     with suppress(FileNotFoundError), (home / "lock").open("wb") as lock:

@@ -48,22 +48,25 @@ def _kept_sqlite(connection: Any) -> Callable[[], None]:
 
 
 def _kept_postgres(connection: Any) -> Callable[[], None]:
-    quote = connection.ops.quote_name
-    tables = [quote(name) for name in sorted(connection.introspection.table_names())]
+    names = sorted(connection.introspection.table_names())
     # Every foreign key that Django makes is looked at when the transaction commits, so the order is all the same.
     put_back = []
     with connection.cursor() as cursor:
         cursor.execute("CREATE SCHEMA pristine")
-        for table in tables:
-            cursor.execute(f"SELECT EXISTS (SELECT FROM {table})")
+        for name in names:
+            cursor.execute(f"SELECT EXISTS (SELECT FROM {name})")
             if cursor.fetchone()[0]:
-                cursor.execute(f"CREATE TABLE pristine.{table} AS TABLE {table}")
-                put_back.append(f"INSERT INTO {table} TABLE pristine.{table};")
+                cursor.execute(f"CREATE TABLE pristine.{name} AS TABLE {name}")
+                put_back.append(f"INSERT INTO {name} TABLE pristine.{name};")
+                # A test may have begun its numbers anew.
+                for each in connection.introspection.get_sequences(cursor, name):
+                    most = f"(SELECT max({each['column']}) FROM {name}), (SELECT last_value FROM {each['name']})"
+                    put_back.append(f"PERFORM setval('{each['name']}', GREATEST({most}));")
     statement = f"""
         DO $$
         DECLARE
             name text;
-            names text[] := ARRAY[{", ".join(f"'{table}'" for table in tables)}];
+            names text[] := ARRAY[{", ".join(f"'{name}'" for name in names)}];
         BEGIN
             SET LOCAL lock_timeout = '30s';
             FOREACH name IN ARRAY names LOOP

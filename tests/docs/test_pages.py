@@ -25,7 +25,12 @@ def proof_of(page: Path, ending: str = "") -> Path | None:
 
 # A dozen processes, one after the other: seconds, but not on a machine that has other things to do.
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    # Those that lead away from something else are run with that, too.
+    [pytest.param(page, marks=pytest.mark.long if proof_of(page, "_before") else ()) for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_whatever_a_page_shows_works(page: Path, tmp_path: Path, redis_server: RedisServer):
     if not any(blocks(page)):
         return

@@ -2,10 +2,15 @@
 
 from datetime import timedelta
 
+import pytest
+
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import Stack
 from tests.recovery.test_schedulers import come_due, is_over, nights
+
+# About processes.
+pytestmark = pytest.mark.any_database
 
 
 def stood_in(stack: Stack, *workers: str) -> int:

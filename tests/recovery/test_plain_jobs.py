@@ -14,6 +14,9 @@ from tests.cast.models import Task
 from tests.recovery.conftest import Stack, missing_database
 from tests.recovery.traps import Trap
 
+# About Redis.
+pytestmark = pytest.mark.any_database
+
 
 def attempts(file: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0

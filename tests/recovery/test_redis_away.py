@@ -15,6 +15,9 @@ from tests.cast.models import Task
 from tests.machine import within
 from tests.recovery.conftest import Stack
 
+# About Redis.
+pytestmark = pytest.mark.any_database
+
 AWAY = {"refusing": lambda redis: redis.kill(), "hanging": lambda redis: redis.freeze()}
 
 

@@ -3,11 +3,15 @@
 import time
 from datetime import timedelta
 
+import pytest
 from rq import Worker
 
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import SOON, Stack
+
+# About Redis.
+pytestmark = pytest.mark.any_database
 
 
 def test_emptied_before_a_job_runs(stack: Stack) -> None:

@@ -14,6 +14,9 @@ from tests.cast.jobs import do_task, touch_file
 from tests.cast.models import Task
 from tests.recovery.conftest import Stack
 
+# About Redis.
+pytestmark = pytest.mark.any_database
+
 
 class Evil:
     """A pickle that makes a file when it is loaded."""

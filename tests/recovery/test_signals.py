@@ -11,6 +11,9 @@ from tests.cast.models import Task
 from tests.machine import within
 from tests.recovery.conftest import A_LONG_LEASE, PATIENCE, Stack, is_gone
 
+# About processes.
+pytestmark = pytest.mark.any_database
+
 
 def wait_for_exit(stack: Stack, name: str, seconds: float = PATIENCE) -> int:
     """Return the exit code of a command that was asked to end."""

@@ -1,10 +1,13 @@
 """A job type or its sweep is switched off in an incident, and on again."""
 
+import pytest
 from waffle.models import Switch
 
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import Stack
+
+pytestmark = pytest.mark.any_database
 
 
 def switch(name: str, on: bool) -> None:
