@@ -31,7 +31,7 @@ from django.db.models import BooleanField, CompositePrimaryKey, F, Func, Model, 
 from django.db.models.constants import OnConflict
 from django.db.models.sql import InsertQuery
 
-from jobs import clock
+from jobs import clock, database
 from jobs.conf import conf
 from jobs.exceptions import LeaseLost, NoLongerNeeded
 from jobs.fingerprint import fingerprint
@@ -88,6 +88,10 @@ class Attempt:
     taken_at: float = 0.0
     started_at: datetime | None = None
     first_claimed_at: datetime | None = None
+    # How many transactions were open around it, on which connection: none, save in a test.
+    depths: dict[str, int] = field(default_factory=dict)
+    # Its job has written to the row, which need not match its sweep any more.
+    has_written: bool = False
 
     @property
     def work(self) -> str:
@@ -118,7 +122,7 @@ def split_holder(holder: str) -> tuple[str, str, int | None]:
 _current: ContextVar[Attempt | None] = ContextVar("selfheal_attempt", default=None)
 # In a process that exists for one attempt, the threads of the job speak for it too.
 of_this_process: Attempt | None = None
-# The connection in whose transaction `with_lock` has the attempt's own row: another thread has another.
+# The connection in whose transaction `with_lock` has a row: another thread has another.
 _locked_on: ContextVar[Any] = ContextVar("selfheal_locked_on", default=None)
 
 
@@ -478,6 +482,7 @@ def count(model: type[Model]) -> int:
 @contextlib.contextmanager
 def current(attempt: Attempt) -> Iterator[None]:
     """Make this the attempt that `with_lock` speaks for."""
+    attempt.depths = database.depths()
     token = _current.set(attempt)
     try:
         yield
@@ -489,46 +494,74 @@ def current(attempt: Attempt) -> Iterator[None]:
 def with_lock(row: Model) -> Iterator[Model]:
     """Open a short transaction in which the row is locked, freshly read into the instance passed, and still ours.
 
-    Inside a swept job, the claim is locked by its token, which keeps every other attempt off, then the row, always in
-    that order; the row is read again through the sweep's queryset. So a change that a user made while the job worked
-    is never overwritten. Raises `LeaseLost` when the claim is gone, `NoLongerNeeded` when the row is, or no longer
-    matches; let both pass, the worker ends quietly. For another row than the job's, the claim is checked and the match
-    is not. Nested, it is a savepoint, in which the row need not match: the job may have finished it. Outside a job it
-    is a row lock. Raises `TypeError` for what is no row.
+    Inside a swept job the row is read through the sweep's queryset, and just before the commit it is made sure that the
+    claim is still this attempt's. So a change that a user made while the job worked is never overwritten. Raises
+    `NoLongerNeeded` when the row is gone or no longer matches, and `LeaseLost` at the end of the block, which is rolled
+    back, when the claim is not ours; let both pass, the worker ends quietly. Once the job has written to its row, that
+    need not match any more: the job may have finished it. For another row than the job's the match is not asked for.
+    Nested, it is a savepoint. Outside a job it is a row lock.
 
-    For seconds, not minutes: renewing the lease waits for it.
+    Raises `TypeError` for what is no row, `TransactionManagementError` inside of a transaction of the job's own, and
+    the database's `OperationalError` when somebody else keeps the row locked for longer than a third of `HEARTBEAT`.
     """
     if not isinstance(cast(Any, row), Model):
         raise TypeError(f"with_lock takes a row, not {row!r}.")
     attempt = _current.get() or of_this_process
     using = router.db_for_write(type(row), instance=row)
+    connection = connections[using]
+    is_nested = _locked_on.get() is connection
+    if attempt is None or is_nested:
+        with transaction.atomic(using), _locked(row, using, attempt):
+            yield row
+        return
+    if database.depth(connection) > attempt.depths.get(using, 0):
+        raise transaction.TransactionManagementError(
+            f"{attempt.work} opens with_lock inside a transaction of its own, which could be rolled back after it, and "
+            "would keep the row locked until it ends. Leave that transaction away, or use with_lock in its place."
+        )
     with contextlib.ExitStack() as stack:
-        if attempt is not None:
+        if using != _database():
+            # The claim is looked at in the outer one, so that it stays ours until the row's is committed.
             stack.enter_context(transaction.atomic(_database()))
-            _renew_or_lose(attempt)
-        # The row's transaction is the inner one: it commits while the claim is still locked, even across databases.
-        if attempt is None or using != _database():
-            stack.enter_context(transaction.atomic(using))
-        if attempt is not None and attempt.is_on(row):
-            rows: QuerySet[Any] = QuerySet(type(row), using=using)
-            try:
-                _lock(row, using)
-                # Nested, a row that matches no longer is this job's own doing.
-                if _locked_on.get() is not connections[using]:
-                    # In a subquery: its joins may find the row twice, and what it loads of a row is its affair.
-                    rows = rows.filter(pk__in=attempt.declared.rows().using(using).filter(pk=row.pk).values("pk"))
-                row.refresh_from_db(from_queryset=rows)
-            except ObjectDoesNotExist:
-                raise NoLongerNeeded.of(attempt.work) from None
-            stack.callback(_locked_on.reset, _locked_on.set(connections[using]))
-        else:
-            _lock(row, using)
-            row.refresh_from_db(from_queryset=QuerySet(type(row), using=using))
+        stack.enter_context(transaction.atomic(using))
+        # The row first and the claim last: whoever waits for a row keeps nobody from the claim.
+        stack.enter_context(_locked(row, using, attempt))
         yield row
+        _renew_or_lose(attempt)
+
+
+@contextlib.contextmanager
+def _locked(row: Model, using: str, attempt: Attempt | None) -> Iterator[None]:
+    """Lock the row and read it again, in a transaction that is there already."""
+    is_own = attempt is not None and attempt.is_on(row)
+    rows: QuerySet[Any] = QuerySet(type(row), using=using)
+    try:
+        _lock(row, using)
+        if attempt is not None and is_own and not attempt.has_written:
+            # In a subquery: its joins may find the row twice, and what it loads of a row is its affair.
+            rows = rows.filter(pk__in=attempt.declared.rows().using(using).filter(pk=row.pk).values("pk"))
+        row.refresh_from_db(from_queryset=rows)
+    except ObjectDoesNotExist:
+        if attempt is not None and is_own:
+            raise NoLongerNeeded.of(attempt.work) from None
+        raise
+    token = _locked_on.set(connections[using])
+    had_written = attempt is not None and attempt.has_written
+    if attempt is not None and is_own:
+        attempt.has_written = True
+    try:
+        yield
+    except BaseException:
+        # Taken back.
+        if attempt is not None:
+            attempt.has_written = had_written
+        raise
+    finally:
+        _locked_on.reset(token)
 
 
 def _renew_or_lose(attempt: Attempt) -> None:
-    # An update rather than SELECT FOR UPDATE: it locks on SQLite too, before anything is read.
+    # An update rather than SELECT FOR UPDATE: it locks on SQLite too.
     if not renew(attempt.token):
         raise LeaseLost.on(attempt.work)
 

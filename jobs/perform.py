@@ -13,11 +13,12 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from django.db import InterfaceError, InternalError, OperationalError, connections
+from django.db import connections
 from django.db.models import QuerySet
+from django.db.transaction import TransactionManagementError
 from redis import Redis
 
-from jobs import claims, clock, enqueue, switches
+from jobs import claims, clock, database, enqueue, switches
 from jobs.claims import Attempt
 from jobs.conf import conf
 from jobs.exceptions import LeaseLost, NoLongerNeeded
@@ -95,6 +96,7 @@ def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome | _OtherwiseW
             if (pk := pk_of(row)) != attempt.pk:
                 return _OtherwiseWritten(pk)
             kept = declared.work(row)
+            _refuse_open_transactions(attempt)
     except NoLongerNeeded as over:
         _let_go(over)
         outcome, end = "not_needed", partial(claims.drop, attempt, claim)
@@ -109,6 +111,16 @@ def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome | _OtherwiseW
         outcome, end = "done", partial(claims.settle, attempt, kept)
     _write_down(end)
     return outcome
+
+
+def _refuse_open_transactions(attempt: Attempt) -> None:
+    """Raise for a transaction that the job has begun and not ended: what it wrote there is rolled back."""
+    open_on = [alias for alias, depth in database.depths().items() if depth > attempt.depths.get(alias, 0)]
+    if open_on:
+        raise TransactionManagementError(
+            f"{attempt.work} has left a transaction open on {', '.join(open_on)}, or autocommit off. What it wrote "
+            "there is rolled back. Have it commit, as transaction.atomic() does at the end of its block."
+        )
 
 
 def perform_call(message: Message, connection: Redis, again_at: float, guard: Guard = unguarded) -> Outcome:
@@ -161,11 +173,16 @@ def _is_needed(attempt: Attempt) -> bool:
         _read(attempt.declared.rows(), attempt.pk)
     except NoLongerNeeded:
         return False
-    except (OperationalError, InterfaceError):
-        raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, database.MAY_BE_AWAY) and not _is_inside(attempt) and not database.answers():
+            raise
         logger.exception("The rows of %s cannot be read", attempt.declared.name)
     return True
+
+
+def _is_inside(attempt: Attempt) -> bool:
+    """Whether a transaction is open around the attempt, as in a TestCase."""
+    return any(attempt.depths.values())
 
 
 def _write_down(statement: Callable[[], None]) -> None:
@@ -177,7 +194,7 @@ def _write_down(statement: Callable[[], None]) -> None:
     while True:
         try:
             return statement()
-        except (OperationalError, InterfaceError, InternalError):
+        except database.MAY_BE_AWAY:
             if time.monotonic() > give_up_at or any(each.in_atomic_block for each in connections.all(True)):
                 raise
             logger.warning("The end of an attempt could not be written down, trying again", exc_info=True)

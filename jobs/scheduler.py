@@ -6,25 +6,26 @@ is due and what is still owed, and asserts it again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import signal
 import time
+import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
-from django.db import close_old_connections, connections, router
+from django.db import connections, router, transaction
 from django.db.models import F, Q
 from redis import Redis
 from redis.exceptions import ResponseError
 from rq_scheduler.scheduler import Scheduler as RQScheduler
 
-from jobs import clock, cron, enqueue, pauses, queues, registry, switches
+from jobs import clock, cron, database, enqueue, pauses, queues, registry, switches
 from jobs.conf import conf
 from jobs.exceptions import Misconfigured
 from jobs.job import Declared, Job
@@ -48,6 +49,8 @@ redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[1])
 return 1
 """
 
+# How long a tick may take.
+TICK_SECONDS = 60.0
 # How many runs one tick pushes in any case.
 AT_ONCE = 20
 # A run that nobody took within this time of when it was due was missed.
@@ -65,7 +68,7 @@ class _Errors:
     def __init__(self) -> None:
         self.met: list[Exception] = []
 
-    @contextmanager
+    @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         try:
             yield
@@ -146,7 +149,13 @@ def _advance(schedule: Schedule, expression: str, now: datetime, missed: str) ->
         return
     # Otherwise it is new, or its cron has changed.
     as_read = Q(next_run_at=schedule.next_run_at) if schedule.next_run_at else Q(next_run_at__isnull=True)
-    type(schedule).objects.filter(as_read, pk=schedule.pk).update(**changes)
+    mine = type(schedule).objects.filter(as_read, pk=schedule.pk)
+    using = router.db_for_write(type(schedule))
+    with transaction.atomic(using):
+        # One that somebody keeps locked is left for the next tick, and keeps no other waiting.
+        if connections[using].features.has_select_for_update_skip_locked:
+            mine = mine.filter(pk__in=list(mine.select_for_update(skip_locked=True).values_list("pk", flat=True)))
+        mine.update(**changes)
 
 
 def _due(since: datetime, expression: str, now: datetime, missed: str) -> int:
@@ -246,7 +255,8 @@ def on_migrate(using: str, **kwargs: Any) -> None:
 class Scheduler(RQScheduler):
     """The process behind `manage.py rqscheduler`: a tick every `TICK`, whatever `--interval` says.
 
-    It outlives Redis and the database: while one of them is away it says so once, and goes on trying.
+    It outlives Redis and the database: while one of them is away it says so once, and goes on trying. Each tick is made
+    in a child, which is ended when it takes too long.
     """
 
     job_class = Message
@@ -260,27 +270,62 @@ class Scheduler(RQScheduler):
         """Tick until SIGTERM or SIGINT, which end it between two ticks. With `burst`, tick once."""
         self._install_signal_handlers()
         self.log.info("Scheduler started with PID %d, ticking every %s", os.getpid(), conf.TICK)
-        trouble = None
+        if burst:
+            self.enqueue_jobs()
+            return
+        trouble = ""
         while not self._stop_requested:
             began = time.monotonic()
-            try:
-                close_old_connections()
-                self.enqueue_jobs()
-                if trouble:
-                    self.log.info("The scheduler ticks again.")
-                trouble = None
-            except Exception as error:
-                # Whatever it is, the next tick starts from the database again.
-                if repr(error) != trouble:
-                    logger.exception("A tick failed; the next is in %s", conf.TICK)
-                trouble = repr(error)
-                for connection in connections.all(initialized_only=True):
-                    connection.close_if_unusable_or_obsolete()
-            if burst:
-                return
+            met = self._tick(trouble)
+            if trouble and not met:
+                self.log.info("The scheduler ticks again.")
+            trouble = met
             while not self._stop_requested and time.monotonic() < began + conf.TICK.total_seconds():
                 time.sleep(0.1)
         self.log.info("Scheduler stopped.")
+
+    def _tick(self, known: str) -> str:
+        """Tick in a child, and return what went wrong, or nothing. What is known is not said again."""
+        # Connections that two processes share break in both.
+        database.disconnect()
+        reading, writing = os.pipe()
+        if (pid := os.fork()) == 0:
+            self._tick_and_end(writing)
+        os.close(writing)
+        deadline = time.monotonic() + TICK_SECONDS
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
+            if self._stop_requested:
+                # Whatever it is at, the next one begins anew.
+                deadline = min(deadline, time.monotonic() + 1)
+            time.sleep(0.02)
+        if not ended[0]:
+            os.kill(pid, signal.SIGKILL)
+            ended = os.waitpid(pid, 0)
+        with os.fdopen(reading, errors="replace") as pipe:
+            met, _, trace = pipe.read().partition("\n")
+        if ended[1] and not met:
+            met = f"It ended with exit code {os.waitstatus_to_exitcode(ended[1])}."
+        if met and met != known:
+            logger.error("A tick failed; the next is in %s\n%s", conf.TICK, trace or met)
+        return met
+
+    def _tick_and_end(self, writing: int) -> None:
+        """Tick, write down what went wrong, and end this process. Does not return."""
+        said = ""
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            database.limit_waiting()
+            self.enqueue_jobs()
+        except BaseException as error:
+            # Whatever it is, the next tick starts from the database again.
+            said = f"{error!r}".replace("\n", " ") + "\n" + traceback.format_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                # As much as a pipe holds that nobody reads yet.
+                os.write(writing, said.encode(errors="replace")[:60_000])
+                logging.shutdown()
+            os._exit(int(bool(said)))
 
     def enqueue_jobs(self) -> None:
         """Tick once, and have the workers know that it is done. One that could not is not believed to be at it."""

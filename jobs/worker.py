@@ -7,7 +7,9 @@ is told to, never by itself.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import faulthandler
 import logging
 import os
 import random
@@ -15,10 +17,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any
 
-from django.db import InterfaceError, InternalError, OperationalError, connections
 from django.utils.module_loading import import_string
 from redis.exceptions import RedisError
 from rq import worker_registration
@@ -30,7 +32,7 @@ from rq.utils import now
 from rq.worker import Worker as RQWorker
 from rq.worker.base import WorkerStatus, signal_name
 
-from jobs import claims, clock, enqueue, perform, queues, scheduler
+from jobs import claims, clock, database, enqueue, perform, queues, scheduler
 from jobs.conf import conf
 from jobs.exceptions import Misconfigured
 from jobs.job import Declared
@@ -43,10 +45,12 @@ DEQUEUE_SECONDS = 2
 # How long Redis may leave a command unanswered before the worker gives up on that connection.
 SOCKET_SECONDS = DEQUEUE_SECONDS + 8
 LONGEST_RETRY_SECONDS = 5.0
-# How long a tick may take in a worker's child.
-TICK_SECONDS = 60.0
-# How a child ends that could not ask the database about its row.
+# How long it may take to write down how a child died.
+NOTE_SECONDS = 20.0
+# How a child ends that could not ask the database about its row, and one in which the library itself failed. Neither
+# says anything about the row.
 EXIT_NO_DATABASE = 69
+EXIT_FAILED = 70
 
 # What its command could be given instead. Messages are JSON in any case; rq's default is what the command passes.
 ALLOWED: dict[str, Any] = {
@@ -61,15 +65,9 @@ def _ending(status: int) -> str:
     return f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
 
 
-def _disconnect() -> None:
-    """Close every connection to a database, those in Django's pools too: one that two processes share breaks in both.
-
-    Or worse: what one of them has begun, the other commits.
-    """
-    connections.close_all()
-    for connection in connections.all(initialized_only=True):
-        if close_pool := getattr(connection, "close_pool", None):
-            close_pool()
+def _watch() -> None:
+    """End this process once a lease is over, unless somebody says otherwise until then: whatever hangs, be it in C."""
+    faulthandler.dump_traceback_later(conf.LEASE.total_seconds(), exit=True, file=sys.__stderr__ or sys.stderr)
 
 
 def _nothing() -> None:
@@ -177,7 +175,8 @@ class Worker(RQWorker):
             return
         self._ticks_seen_at = time.monotonic()
         if scheduler.stands_in(self.connection):
-            _, status, _ = self._in_child("a tick", scheduler.tick, TICK_SECONDS)
+            # Whatever it is at, the next one begins anew.
+            _, status, _ = self._in_child("a tick", scheduler.tick, scheduler.TICK_SECONDS, self.kill_horse)
             if status != 0:
                 self.log.warning("Worker %s: a tick %s", self.name, _ending(status))
 
@@ -230,7 +229,7 @@ class Worker(RQWorker):
         `on_stop` is called once, if the worker is told to stop meanwhile. Returns the child's pid, its wait status, and
         whether this worker killed it on demand.
         """
-        _disconnect()
+        database.disconnect()
         self._horse_pid = os.fork()
         if self._horse_pid == 0:
             self._be_child(what, work)
@@ -253,15 +252,19 @@ class Worker(RQWorker):
             self._is_horse = True
             self._horse_pid = os.getpid()
             random.seed()
+            database.limit_waiting()
+            _watch()
             if outcome := work():
                 self.log.info("Worker %s: %s: %s", self.name, what, outcome)
             code = 0
-        except (OperationalError, InterfaceError, InternalError) as error:
-            # The last is what PostgreSQL says when it only reads, since another has taken its place.
-            self.log.warning("Worker %s: %s: the database does not answer (%s)", self.name, what, error)
-            code = EXIT_NO_DATABASE
-        except BaseException:
-            logger.exception("%s was not performed", what)
+        except BaseException as error:
+            # What a job raises has been written down. This is about the database, or the library.
+            if isinstance(error, database.MAY_BE_AWAY) and not database.answers():
+                self.log.warning("Worker %s: %s: the database does not answer (%s)", self.name, what, error)
+                code = EXIT_NO_DATABASE
+            else:
+                logger.exception("%s was not performed", what)
+                code = EXIT_FAILED
         finally:
             with contextlib.suppress(Exception):
                 logging.shutdown()
@@ -276,11 +279,19 @@ class Worker(RQWorker):
 
     @contextlib.contextmanager
     def _guard(self, declared: Declared, attempt: claims.Attempt | None = None) -> Iterator[None]:
-        """Around the job's own code: its time limit, and the heartbeat of a claimed row."""
+        """Around the job's own code: its time limit, and the heartbeat of a claimed row. After it, all is as before."""
         claims.of_this_process = attempt
+        # A plain call may take as long as its time limit says.
+        faulthandler.cancel_dump_traceback_later()
         heartbeat = claims.Heartbeat(attempt) if attempt is not None else contextlib.nullcontext()
-        with heartbeat, self.death_penalty_class(declared.timeout_seconds, JobTimeoutException):
-            yield
+        try:
+            with heartbeat, self.death_penalty_class(declared.timeout_seconds, JobTimeoutException):
+                yield
+        finally:
+            _watch()
+            database.begin_anew()
+            # A loop that the job has left running would have Django refuse every statement.
+            asyncio._set_running_loop(None)
 
     def _wait_for_child(self, kill_after: float, on_stop: Callable[[], None]) -> tuple[int, int, bool]:
         began = time.monotonic()
@@ -330,24 +341,21 @@ class Worker(RQWorker):
         if code == claims.EXIT_LEASE_LOST:
             return
         is_away = code == EXIT_NO_DATABASE
-        try:
-            if attempt is None:
-                enqueue.redeliver_call(message, self.connection, again_at, message.declared.backoff.delay(1))
-            elif is_away:
-                # Not even that could be written down. Its lease will run out.
-                pass
-            elif was_killed:
-                claims.release(attempt)
+        if attempt is None:
+            enqueue.redeliver_call(message, self.connection, again_at, message.declared.backoff.delay(1))
+        elif code not in (EXIT_NO_DATABASE, EXIT_FAILED):
+            if was_killed:
+                note = partial(claims.release, attempt)
             elif self._stop_requested:
-                claims.interrupt(attempt, pid, evidence)
+                note = partial(claims.interrupt, attempt, pid, evidence)
             else:
-                claims.record_death(attempt, pid, evidence)
-        except Exception:
-            # Its lease will run out, and whoever takes the row next counts the crash.
-            self.log.exception("Worker %s: the death of %s could not be written down", self.name, message.id)
-            is_away = True
-        finally:
-            _disconnect()
+                note = partial(claims.record_death, attempt, pid, evidence)
+            # Whoever insisted has been obeyed.
+            self._kill_requested = False
+            # In a child too, since the database may hang. If it cannot be written down, the lease runs out, and whoever
+            # takes the row next counts the crash.
+            _, noted, _ = self._in_child(f"the death of {message.id}", note, NOTE_SECONDS)
+            is_away = noted != 0
         if is_away:
             # The next message would meet the same; what is in the queue had better stay there.
             self._pause(LONGEST_RETRY_SECONDS)

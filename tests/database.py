@@ -6,6 +6,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from django.db import connection
+from django.db.models import QuerySet
 
 
 def url(**changes: Any) -> str:
@@ -30,6 +31,18 @@ def locked() -> Iterator[None]:
     tables = ", ".join(connection.introspection.table_names())
     with psycopg.connect(url()) as other:
         other.execute(f"LOCK TABLE {tables} IN EXCLUSIVE MODE")
+        yield
+        other.rollback()
+
+
+@contextmanager
+def locking(rows: QuerySet[Any]) -> Iterator[None]:
+    """Keep these rows locked on PostgreSQL, as a transaction of somebody who has forgotten about it would."""
+    import psycopg
+
+    statement, parameters = rows.values("pk").query.sql_with_params()
+    with psycopg.connect(url()) as other:
+        other.execute(f"{statement} FOR UPDATE", parameters)
         yield
         other.rollback()
 

@@ -1,14 +1,16 @@
 """A cast of small jobs, named for what they do to you."""
 
+import asyncio
 import json
 import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from django.db import DatabaseError
+from django.db import DatabaseError, connection, transaction
 from django.db.models import QuerySet
 
 from jobs import Backoff, job, sweep, with_lock
@@ -28,6 +30,24 @@ def note(event: str, task: Task, job: str = "do_task") -> None:
         os.close(descriptor)
 
 
+def _execute(statement: str) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+
+
+# What a job leaves behind in its process, by the behaviour of its row.
+LEAVINGS: dict[str, Callable[[], object]] = {
+    "leave_autocommit_off": lambda: transaction.set_autocommit(False),
+    "leave_atomic_open": lambda: transaction.atomic().__enter__(),
+    "leave_begun": lambda: _execute("BEGIN"),
+    "leave_broken": lambda: connection.connection.close() if connection.connection else None,
+    "leave_loop_running": lambda: asyncio._set_running_loop(asyncio.new_event_loop()),
+    "leave_role": lambda: _execute("SET ROLE cast_stranger"),
+    "leave_search_path": lambda: _execute("SET search_path TO nowhere"),
+    "leave_timeout": lambda: _execute("SET statement_timeout = '1ms'"),
+}
+
+
 @job(backoff=SOON, timeout=timedelta(seconds=float(os.environ.get("CAST_TIMEOUT", "60"))))
 def do_task(task: Task) -> None:
     """Do what the row says, then write that it is done."""
@@ -37,6 +57,9 @@ def do_task(task: Task) -> None:
     if task.behaviour == "raise_once" and not Path(f"{os.environ['CAST_LEDGER']}.{task.pk}").exists():
         Path(f"{os.environ['CAST_LEDGER']}.{task.pk}").touch()
         raise RuntimeError(f"task {task.pk} fails once")
+    if leave := LEAVINGS.get(task.behaviour):
+        leave()
+        raise RuntimeError(f"task {task.pk} fails, and has left something behind")
     if task.behaviour == "kill_my_process":
         os.kill(os.getpid(), signal.SIGKILL)
     if task.behaviour == "swallow_everything":

@@ -33,12 +33,14 @@ PATIENCE = 30
 def begin(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], Path]]]:
     """Start a run, whose folder is in this test's, and return it with that folder."""
     runs = []
+    # This process may be one of several that run tests side by side. A run of its own is not.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "SELFHEAL_"))}
 
     def begin(*command: str) -> tuple[subprocess.Popen[str], Path]:
         run = subprocess.Popen(
             [sys.executable, *command],
             cwd=BASE_DIR,
-            env={**os.environ, "TMPDIR": str(tmp_path)},
+            env={**environment, "TMPDIR": str(tmp_path)},
             stdout=subprocess.PIPE,
             text=True,
             # As a shell does with what it starts in the background.

@@ -1,5 +1,9 @@
 """The tick: what is due becomes owed, what is owed is pushed, and neither Redis nor a scheduler can forget it."""
 
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,9 +21,11 @@ from jobs.exceptions import Misconfigured, NoLongerNeeded
 from jobs.job import Declared, Job
 from jobs.models import Claim, Run, Schedule
 from jobs.testing import drain, tick
+from tests import database
 from tests.cast.jobs import do_task, nightly, schedule_tasks
 from tests.cast.models import Task, Ticket
 from tests.integration.conftest import BACKGROUND_LIST, DEFAULT_LIST, URGENT_LIST
+from tests.machine import within
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -658,22 +664,64 @@ def test_a_key_of_the_wrong_type_stops_no_schedule(sweeping, redis, queued, key)
     assert drain() == {"done": 2}
 
 
-def test_the_process_ticks_whatever_the_others_do(hourly, redis: Redis, settings, monkeypatch, caplog):
-    """A tick that fails is one line, and the next one is tried."""
-    errors: list[Exception] = [RuntimeError("no"), RuntimeError("no"), RuntimeError("still not")]
-    process = scheduler.Scheduler(connection=redis)
+@pytest.fixture
+def ticking(redis: Redis, settings, monkeypatch, tmp_path) -> Iterator[Callable[..., int]]:
+    """Run the process with these ticks, one after another, and stop it after them; return how often it ticked."""
     settings.JOBS = {**settings.JOBS, "TICK": timedelta(milliseconds=10)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    made = tmp_path / "ticks"
+    made.touch()
 
-    def ticks() -> None:
-        if errors:
-            raise errors.pop(0)
-        process._stop_requested = True
+    def run(*ticks: Callable[[], None]) -> int:
+        def tick_in_turn() -> None:
+            with made.open("a") as file:
+                file.write(".")
+            if (turn := len(made.read_text())) == len(ticks):
+                os.kill(os.getppid(), signal.SIGTERM)
+            ticks[turn - 1]()
 
-    monkeypatch.setattr(process, "enqueue_jobs", ticks)
-    monkeypatch.setattr(process, "_install_signal_handlers", lambda: None)
-    process.run()
-    assert errors == []
+        process = scheduler.Scheduler(connection=redis)
+        monkeypatch.setattr(process, "enqueue_jobs", tick_in_turn)
+        process.run()
+        return len(made.read_text())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def fail(error: str) -> Callable[[], None]:
+    def fails() -> None:
+        raise RuntimeError(error)
+
+    return fails
+
+
+def test_the_process_ticks_whatever_the_others_do(ticking, caplog):
+    """A tick that fails is one line, and the next one is tried."""
+    assert ticking(fail("no"), fail("no"), fail("still not"), lambda: None) == 4
     assert caplog.text.count("A tick failed") == 2
+
+
+def test_a_tick_that_hangs_or_dies_costs_one_tick(ticking, monkeypatch, caplog):
+    monkeypatch.setattr(scheduler, "TICK_SECONDS", 0.3)
+    with within(3):
+        assert ticking(lambda: time.sleep(600), lambda: os.kill(os.getpid(), signal.SIGSEGV), lambda: None) == 3
+    assert "It ended with exit code -9." in caplog.text
+    assert "It ended with exit code -11." in caplog.text
+
+
+@pytest.mark.postgres
+def test_a_schedule_that_somebody_keeps_locked_holds_up_no_other(sweeping, queued):
+    @job(cron="* * * * *")
+    def another() -> None:
+        pass
+
+    for declared in (sweeping, another):
+        change(declared, next_run_at=NOON)
+    with database.locking(Schedule.objects.filter(name="another")), within(1):
+        assert tick(now=NOON) == ["schedule_work"]
+    assert tick(now=NOON) == ["another"]
 
 
 def test_with_burst_the_process_ticks_once(hourly, redis, queued, monkeypatch):

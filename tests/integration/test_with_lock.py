@@ -3,11 +3,12 @@
 import contextvars
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import connection, connections, transaction
+from django.db import OperationalError, connection, connections, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -17,8 +18,10 @@ from jobs.conf import conf
 from jobs.job import Job
 from jobs.models import Claim, Run
 from jobs.testing import drain, perform
+from tests import database
 from tests.cast.models import Task, Ticket
 from tests.integration.test_enqueue import ReadsFromReplica
+from tests.machine import within
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -103,11 +106,12 @@ def test_what_the_block_raises_rolls_back(task, doing):
     assert "on second thoughts" in Claim.objects.get().last_error
 
 
-def test_a_lost_lease_is_noticed_before_anything_is_written(task, doing):
+def test_a_lost_lease_is_noticed_before_anything_is_committed(task, doing):
     def work(row: Task) -> None:
         steal(task)
         with with_lock(row):
-            pytest.fail("the block was entered")
+            row.state = "done"
+            row.save()
 
     assert perform(doing(work), task) == "busy"
     assert of(task).get().state == "pending"
@@ -122,7 +126,8 @@ def test_the_lease_is_renewed_with_the_lock(task, doing):
         almost_over = timezone.now() + timedelta(seconds=1)
         Claim.objects.update(lease_expires_at=almost_over)
         with with_lock(row):
-            seen.append(Claim.objects.get().lease_expires_at - almost_over)
+            pass
+        seen.append(Claim.objects.get().lease_expires_at - almost_over)
 
     perform(doing(work), task)
     assert seen[0] > conf.LEASE / 2
@@ -248,31 +253,53 @@ def test_nested_a_row_that_the_job_has_just_finished_is_still_its_own(task, doin
     assert (of(task).get().state, of(task).get().name) == ("done", "by a helper")
 
 
-def test_after_the_lock_and_in_another_thread_the_row_has_to_match_again(task, doing):
-    refused = []
+def test_after_the_jobs_own_first_write_the_row_need_not_match_any_more(task, doing):
+    """The job has finished it, and has something more to write: also in a thread of its own."""
 
-    def try_to_lock(row: Task) -> None:
+    def add(row: Task) -> None:
         try:
             with with_lock(row):
-                pytest.fail("the block was entered")
-        except NoLongerNeeded:
-            refused.append(threading.current_thread().name)
+                row.writes += 1
+                row.save()
         finally:
             connections.close_all()
 
     def work(row: Task) -> None:
-        context = contextvars.copy_context()
         with with_lock(row):
-            inside = contextvars.copy_context()
-            of(task).update(state="deleting")
-        for each in (context, inside):
-            thread = threading.Thread(target=each.run, args=[try_to_lock, of(task).get()], name="another")
-            thread.start()
-            thread.join(30)
-        try_to_lock(row)
+            row.state = "done"
+            row.save()
+        thread = threading.Thread(target=contextvars.copy_context().run, args=[add, of(task).get()])
+        thread.start()
+        thread.join(30)
+        with with_lock(row):
+            row.writes += 1
+            row.save()
 
     assert perform(doing(work), task) == "done"
-    assert refused == ["another", "another", "MainThread"]
+    assert (of(task).get().state, of(task).get().writes) == ("done", 2)
+
+
+def test_what_was_taken_back_was_no_first_write(task, doing):
+    def work(row: Task) -> None:
+        with suppress(RuntimeError), with_lock(row):
+            raise RuntimeError
+        of(task).update(state="deleting")
+        with with_lock(row):
+            pytest.fail("the block was entered")
+
+    assert perform(doing(work), task) == "not_needed"
+
+
+def test_a_row_that_is_gone_is_gone_after_the_first_write_too(task, doing):
+    def work(row: Task) -> None:
+        with with_lock(row):
+            row.state = "done"
+            row.save()
+        of(task).delete()
+        with with_lock(row):
+            pytest.fail("the block was entered")
+
+    assert perform(doing(work), task) == "not_needed"
 
 
 @pytest.mark.parametrize("row", [None, 5, "7", Task])
@@ -281,15 +308,45 @@ def test_what_is_no_row_is_refused(row):
         pytest.fail("the block was entered")
 
 
-def test_nested_in_the_jobs_own_transaction_it_is_a_savepoint_too(task, doing):
+def begin() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+
+
+@pytest.mark.parametrize("how", ["atomic", "BEGIN", "no autocommit"])
+def test_in_a_transaction_of_the_jobs_own_it_says_that_it_must_not_be(task, doing, how):
     def work(row: Task) -> None:
-        with transaction.atomic():
+        if how == "atomic":
+            with transaction.atomic(), with_lock(row):
+                pytest.fail("the block was entered")
+        if how == "BEGIN":
+            begin()
+        else:
+            transaction.set_autocommit(False)
+        try:
             with with_lock(row):
-                row.state = "done"
-                row.save()
-            raise RuntimeError
+                pytest.fail("the block was entered")
+        finally:
+            connection.close()
 
     assert perform(doing(work), task) == "failed"
+    assert of(task).get().state == "pending"
+    assert "opens with_lock inside a transaction of its own" in Run.objects.get().error
+
+
+@pytest.mark.parametrize("how", ["BEGIN", "no autocommit"])
+def test_a_job_that_leaves_a_transaction_open_has_failed(task, doing, how):
+    def work(row: Task) -> None:
+        begin() if how == "BEGIN" else transaction.set_autocommit(False)
+        of(task).update(state="done")
+
+    outcome = None
+    try:
+        with suppress(claims.DatabaseError):
+            outcome = perform(doing(work), task)
+    finally:
+        connection.close()
+    assert outcome in (None, "failed")
     assert of(task).get().state == "pending"
 
 
@@ -313,12 +370,12 @@ def test_another_instance_of_the_jobs_row_is_the_jobs_row(task, doing):
     assert perform(doing(work), task) == "not_needed"
 
 
-def test_the_claim_is_locked_before_the_row(task, doing):
+def test_the_row_is_locked_first_and_the_claim_last(task, doing):
     statements: list[str] = []
 
     def work(row: Task) -> None:
         with CaptureQueriesContext(connection) as captured, with_lock(row):
-            pass
+            row.save()
         statements.extend(each["sql"] for each in captured)
 
     perform(doing(work), task)
@@ -328,8 +385,26 @@ def test_the_claim_is_locked_before_the_row(task, doing):
         for table in ("selfheal_claim", "cast_task")
         if f'"{table}"' in sql.split("WHERE")[0]
     ]
-    assert touched[0] == "selfheal_claim"
-    assert "cast_task" in touched
+    assert touched[-1] == "selfheal_claim"
+    assert set(touched[:-1]) == {"cast_task"}
+
+
+@pytest.mark.postgres
+def test_while_it_waits_for_a_row_the_claim_is_free(task, doing):
+    """So that its heartbeat, and whoever takes over from a process that died here, wait for nobody."""
+
+    def work(row: Task) -> None:
+        with database.locking(of(task)):
+            with connection.cursor() as cursor:
+                cursor.execute("SET lock_timeout = '200ms'")
+            with suppress(OperationalError), with_lock(row):
+                pytest.fail("the block was entered")
+            with within(0.1):
+                assert claims.renew(Claim.objects.get().token)
+            with connection.cursor() as cursor:
+                cursor.execute("RESET lock_timeout")
+
+    assert perform(doing(work), task) == "done"
 
 
 # --- Outside of one ---------------------------------------------------------------------------------------------------

@@ -95,8 +95,9 @@ def test_child_frozen_before_it_settles(stack: Stack) -> None:
     # It has not settled what is not its own.
     assert Claim.objects.get(object_pk=str(task.pk)).holder.endswith(f":{other.pid}")
     stack.wait_until_done(task)
-    # A sweep settles it, or a worker that was sent to it by a tick and counts the crash first.
-    assert stack.runs(task)[-3:] == ["resolved", "lost", "done"]
+    # A sweep settles it, or a worker that was sent to it by a tick and counts the crash first. Whether the frozen one
+    # noticed by itself ("lost") or the watchdog was faster.
+    assert [outcome for outcome in stack.runs(task) if outcome != "lost"][-2:] == ["resolved", "done"]
     assert stack.writes(task) == 2
 
 

@@ -36,15 +36,15 @@ def is_over(name: str = "nightly") -> bool:
 @pytest.mark.parametrize(
     "trap",
     [
-        Trap("before", "jobs.scheduler._take_due"),
+        Trap("before", "jobs.scheduler._take_due", with_parent=True),
         # Looked at, and not taken.
-        Trap("before", "jobs.scheduler._advance"),
+        Trap("before", "jobs.scheduler._advance", with_parent=True),
         # Taken, and not pushed.
-        Trap("before", "jobs.scheduler._push_owed"),
-        Trap("before", "jobs.enqueue.push_id"),
+        Trap("before", "jobs.scheduler._push_owed", with_parent=True),
+        Trap("before", "jobs.enqueue.push_id", with_parent=True),
         # Pushed.
-        Trap("after", "jobs.enqueue.push_id"),
-        Trap("after", "jobs.scheduler._push_claims"),
+        Trap("after", "jobs.enqueue.push_id", with_parent=True),
+        Trap("after", "jobs.scheduler._push_claims", with_parent=True),
     ],
     ids=str,
 )
@@ -58,6 +58,17 @@ def test_killed_at_a_step(stack: Stack, trap: Trap) -> None:
     stack.wait_until_done(task)
     assert nights() == ["done"]
     assert [death.code for death in stack.exits] == [-9]
+
+
+def test_a_tick_that_is_killed_is_made_again(stack: Stack) -> None:
+    trap = Trap("before", "jobs.enqueue.push_id")
+    come_due()
+    stack.scheduler(trap=trap)
+    stack.worker()
+    stack.wait_until_sprung(trap)
+    stack.wait_for(is_over, "the run that was due")
+    assert nights() == ["done"]
+    assert stack.exits == []
 
 
 def test_killed_between_two_loads_of_what_is_due(stack: Stack) -> None:
@@ -109,7 +120,7 @@ def test_frozen_before_the_take(stack: Stack) -> None:
     trap = Trap("before", "jobs.scheduler._advance", how="SIGSTOP")
     come_due()
     stack.scheduler("one", trap=trap)
-    frozen, _ = stack.wait_until_sprung(trap)
+    frozen, one = stack.wait_until_sprung(trap)
     stack.wait_until_frozen(frozen)
     stack.worker()
     stack.scheduler("two")
@@ -122,14 +133,14 @@ def test_frozen_before_the_take(stack: Stack) -> None:
     stack.wait_for_sweeps(2)
     assert Schedule.objects.get(name="nightly").last_enqueued_at == taken_at
     assert nights() == ["done"]
-    assert stack.pid("one") == frozen
+    assert stack.pid("one") == one
 
 
 def test_frozen_between_the_take_and_the_push(stack: Stack) -> None:
     trap = Trap("before", "jobs.enqueue.push_id", how="SIGSTOP")
     come_due()
     stack.scheduler("one", trap=trap)
-    frozen, _ = stack.wait_until_sprung(trap)
+    frozen, one = stack.wait_until_sprung(trap)
     stack.wait_until_frozen(frozen)
     stack.worker()
     stack.scheduler("two")
@@ -142,7 +153,7 @@ def test_frozen_between_the_take_and_the_push(stack: Stack) -> None:
     stack.wait_until_done(task)
     stack.wait_for_sweeps(1)
     assert nights() == ["done"]
-    assert stack.pid("one") == frozen
+    assert stack.pid("one") == one
 
 
 def test_two_at_once(stack: Stack) -> None:

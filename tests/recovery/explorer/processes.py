@@ -172,7 +172,9 @@ class Worker(worker.Worker):
 def tick_for_ever(redis: Redis) -> None:
     ticking = Scheduler(connection=redis)
     while not ticking._stop_requested:
-        ticking.run(burst=True)
+        # In a child of its own, of which this process is only told how it ended.
+        with contextlib.suppress(Exception):
+            ticking.enqueue_jobs()
         here().sleep(conf.TICK.total_seconds())
 
 
