@@ -113,12 +113,10 @@ class Invariants:
 
     @staticmethod
     def _may_end(actor: Actor, token: str) -> bool:
-        """Its own attempt may end a lease, and the worker that saw its process die."""
+        """Its own attempt may end a lease, and the process that writes down how the one before it died."""
         process = actor.process
-        if process.attempt is not None:
-            return bool(process.attempt.token == token)
-        child = getattr(process.worker, "child", None)
-        return child is not None and child.attempt is not None and child.attempt.token == token and not child.is_alive
+        attempt = process.attempt or (process.dead_sibling and process.dead_sibling.attempt)
+        return attempt is not None and bool(attempt.token == token)
 
     # --- While a job is at work ---------------------------------------------------------------------------------------
 

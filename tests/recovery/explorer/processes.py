@@ -111,6 +111,9 @@ class Worker(worker.Worker):
     ) -> tuple[int, int, bool]:
         world = here().world
         child = world.start("child", lambda: self._be_forked(work), what)
+        before = getattr(self, "child", None)
+        if before is not None and not before.is_alive:
+            child.dead_sibling = before
         self.child, child.worker = child, self
         give_up_at = world.monotonic + kill_after
         was_told = was_killed = False

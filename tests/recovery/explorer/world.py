@@ -65,6 +65,8 @@ class Process:
         # Of a child: the attempt, and the worker that forked it. Of a worker: the rq object.
         self.attempt: Any = None
         self.worker: Any = None
+        # Of a child that writes down how the one before it died: that one.
+        self.dead_sibling: Process | None = None
         self.actors: list[Actor] = []
         world.processes.append(self)
         self.main = self.spawn(name, body)
