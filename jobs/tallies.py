@@ -36,6 +36,7 @@ from django.db.models.lookups import LessThanOrEqual
 
 from jobs import clock
 from jobs.conf import conf
+from jobs.deletion import delete
 
 if TYPE_CHECKING:
     from jobs.models import Tally
@@ -122,7 +123,7 @@ def count_hour(hour: datetime) -> None:
     for tally in counted:
         tally.hour = hour
     with transaction.atomic(_database()):
-        _tallies().filter(hour=hour).delete()
+        delete(_tallies().filter(hour=hour))
         # Whoever has written the same hour meanwhile has counted the same.
         _write(counted)
 
@@ -208,7 +209,7 @@ def fold(before: datetime) -> None:
                 total.took = add([total.took, tally.took])
                 total.settled_after = add([total.settled_after, tally.settled_after])
             _write(changed.values())
-            _tallies().filter(pk__in=[tally.pk for tally in batch]).delete()
+            delete(_tallies().filter(pk__in=[tally.pk for tally in batch]))
 
 
 def add(histograms: Iterable[Sequence[int]]) -> list[int]:
