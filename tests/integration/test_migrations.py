@@ -139,3 +139,27 @@ print(Schedule.objects.count() == len(registry.declared()), Switch.objects.exist
 """,
     )
     assert said.split() == ["True", "True"]
+
+
+def test_a_dump_can_be_loaded_where_migrate_has_numbered_the_switches_otherwise(fresh, tmp_path):
+    said = manage(
+        fresh,
+        f"""
+from django.core.management import call_command
+from django.utils import timezone
+from jobs.models import Claim
+from waffle.models import Switch
+
+call_command("migrate", verbosity=0)
+Switch.objects.filter(name="disable_nightly").delete()
+Switch.objects.create(name="disable_nightly", active=True)
+Claim.objects.create(job="do_task", model="cast.task", object_pk="1", first_claimed_at=timezone.now())
+dumped = {str(tmp_path / "dump.json")!r}
+options = dict(use_natural_primary_keys=True, use_natural_foreign_keys=True, exclude=["django_rq"])
+call_command("dumpdata", output=dumped, verbosity=0, **options)
+call_command("flush", interactive=False, verbosity=0)
+call_command("loaddata", dumped, verbosity=0)
+print(Claim.objects.count(), *Switch.objects.filter(active=True).values_list("name", flat=True))
+""",
+    )
+    assert said.split() == ["1", "disable_nightly"]
