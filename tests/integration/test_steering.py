@@ -281,15 +281,14 @@ def test_a_dry_run_of_a_table_that_is_slow_to_read_is_answered_within_a_second(a
 @pytest.mark.django_db(transaction=True)
 def test_a_dry_run_says_how_far_it_has_come_when_its_time_is_over(admin_client, declaring):
     made = job(name="much_work")(lambda row: None)
-    much = sweep(made, cron="0 0 1 1 *", name="schedule_much_work", batch_size=1)(Task.objects.pending)
+    sweep(made, cron="0 0 1 1 *", name="schedule_much_work", batch_size=1)(Task.objects.pending)
     Schedule.objects.create(name="schedule_much_work")
-    tasks = Task.objects.bulk_create(Task() for _ in range(6000))
+    tasks = Task.objects.bulk_create(Task() for _ in range(20_000))
     # So that each batch asks which of its rows are claimed.
     Claim.objects.create(job="other", model="cast.task", object_pk=tasks[0].pk, first_claimed_at=timezone.now())
     with within(1):
         said = told(on_list(SCHEDULES, "dry_run", "schedule_much_work")(admin_client))
-    assert 0 < int(re.findall(r"would queue at least (\d+), skip", said)[0]) < 6000
-    assert much.sweep(dry_run=True).enqueued == 6000
+    assert 0 < int(re.findall(r"would queue at least (\d+), skip", said)[0]) < 20_000
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------
