@@ -6,6 +6,7 @@ of it is offered, and what is sent all the same is refused. Nothing is done by a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from functools import cache
@@ -31,7 +32,18 @@ from jobs.explain import Explanation, explain, said_of_distance, said_of_pause, 
 from jobs.models import Claim, Operation, Run, Schedule
 from jobs.pages import ErrorFilter
 from jobs.pauses import Pause
-from jobs.steering import STEERING, ExplainedAdmin, ReadOnly, SteeringAdmin, buttons, log, resume, run_now
+from jobs.steering import (
+    PATIENCE,
+    STEERING,
+    ExplainedAdmin,
+    ReadOnly,
+    SteeringAdmin,
+    buttons,
+    dry_run,
+    log,
+    resume,
+    run_now,
+)
 from jobs.sweep import Sweep, SweepResult
 
 # For the `ModelAdmin` of your own models.
@@ -258,23 +270,18 @@ class ScheduleAdmin(SteeringAdmin, TimesAdmin):
     @admin.action(description=_("Dry run: what the chosen sweeps would do now"), permissions=["run"])
     def dry_run(self, request: HttpRequest, chosen: Any) -> HttpResponse | None:
         results: list[operations.Result] = []
+        until = time.monotonic() + PATIENCE.total_seconds()
         for schedule in chosen:
+            if time.monotonic() > until:
+                results.append(operations.Result(False, gettext("Whatever else was chosen was not asked about.")))
+                break
             try:
-                results.append(self._would(schedule))
+                results.append(dry_run(schedule, until))
             except QueueUnavailable as error:
                 results.append(operations.Result(False, str(error)))
                 # A Redis that hangs would hang for each of them.
-                results.append(operations.Result(False, gettext("Whatever else was chosen was not asked about.")))
-                break
+                until = 0.0
         return self._tell(request, results)
-
-    def _would(self, schedule: Schedule) -> operations.Result:
-        declared = registry.get(schedule.name)
-        if not isinstance(declared, Sweep):
-            return operations.Result(False, gettext("%s is no sweep.") % schedule)
-        result = declared.sweep(dry_run=True)
-        text = gettext("%(name)s would queue %(enqueued)d, skip %(already_queued)d queued, %(waiting)d waiting.")
-        return operations.Result(True, text % {"name": schedule.name, **result._asdict()})
 
     def _tell(self, request: HttpRequest, results: list[operations.Result]) -> HttpResponse | None:
         for result in results:

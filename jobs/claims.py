@@ -33,6 +33,7 @@ from django.db.models.sql import InsertQuery
 
 from jobs import clock, database
 from jobs.conf import conf
+from jobs.deletion import delete
 from jobs.exceptions import LeaseLost, NoLongerNeeded
 from jobs.fingerprint import fingerprint
 from jobs.message import label, pk_of, pk_text, pk_value
@@ -355,7 +356,7 @@ def resolve(job: str, rows: QuerySet[Any]) -> int:
         tokens = {claim.pk: claim.token for claim in batch if claim.object_pk not in needed}
         for claim in unleased.filter(pk__in=tokens) if tokens else ():
             with transaction.atomic(_database()):
-                if _delete(_claims().unleased().filter(pk=claim.pk, token=tokens[claim.pk])):
+                if delete(_claims().unleased().filter(pk=claim.pk, token=tokens[claim.pk])):
                     _record_of(claim, "resolved", claim.last_error)
                     resolved += 1
     return resolved
@@ -363,7 +364,7 @@ def resolve(job: str, rows: QuerySet[Any]) -> int:
 
 def forget(declared: list[str], before: Any) -> None:
     """Delete claims that nobody works on, first made before the given time, of jobs that are not declared any more."""
-    _delete(_claims().unleased().exclude(job__in=declared).filter(first_claimed_at__lt=before))
+    delete(_claims().unleased().exclude(job__in=declared).filter(first_claimed_at__lt=before))
 
 
 def _needed(rows: QuerySet[Any], claims: list[Claim]) -> set[str]:
@@ -406,13 +407,8 @@ class _Unflushed(Func):
 
 
 def _end(attempt: Attempt) -> None:
-    if not _delete(_claims().filter(_Unflushed(), token=attempt.token)):
+    if not delete(_claims().filter(_Unflushed(), token=attempt.token)):
         raise LeaseLost.on(attempt.work)
-
-
-def _delete(claims: ClaimQuerySet) -> int:
-    # One statement. With a signal receiver anywhere in the project, `delete()` would look first and then delete.
-    return int(claims._raw_delete(_database()))
 
 
 def _give_back(attempt: Attempt, **changes: Any) -> bool:

@@ -6,7 +6,6 @@ It only reads. Whatever does not answer is said not to, within a second, and all
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -344,16 +343,10 @@ def _read_tallies(items: dict[str, Item], now: datetime) -> None:
                 item.failed[place] += row["runs"]
             if row["hour"] >= recent:
                 item.outcomes[row["outcome"]] = item.outcomes.get(row["outcome"], 0) + row["runs"]
-    took: dict[str, list[list[int]]] = defaultdict(list)
-    settled: dict[str, list[list[int]]] = defaultdict(list)
-    for name, *histograms in within.filter(outcome="done").values_list("job", "took", "settled_after"):
-        took[name].append(histograms[0])
-        settled[name].append(histograms[1])
-    for name in took.keys() & items.keys():
-        of_attempt, of_row = tallies.add(took[name]), tallies.add(settled[name])
-        item = items[name]
-        item.took_median, item.took_p99 = tallies.quantile(of_attempt, 0.5), tallies.quantile(of_attempt, 0.99)
-        item.settled_median, item.settled_p99 = tallies.quantile(of_row, 0.5), tallies.quantile(of_row, 0.99)
+    for name, (took, settled) in tallies.histograms(within, "took", "settled_after").items():
+        if item := items.get(name):
+            item.took_median, item.took_p99 = tallies.quantile(took, 0.5), tallies.quantile(took, 0.99)
+            item.settled_median, item.settled_p99 = tallies.quantile(settled, 0.5), tallies.quantile(settled, 0.99)
 
 
 def _database() -> str:

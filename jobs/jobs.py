@@ -6,6 +6,7 @@ from django.db.models import QuerySet
 
 from jobs import claims, clock, operations, registry, tallies
 from jobs.conf import conf
+from jobs.deletion import delete
 from jobs.job import job
 from jobs.models import Operation
 from jobs.sweep import sweep
@@ -25,10 +26,10 @@ def selfheal_prune() -> None:
     runs = Run.objects.using(router.db_for_write(Run))
     old = runs.filter(finished_at__lt=before).order_by("finished_at").values_list("pk")
     while batch := [pk for (pk,) in old[:BATCH]]:
-        runs.filter(pk__in=batch).delete()
+        delete(runs.filter(pk__in=batch))
     declared = [each.name for each in registry.declared()]
     claims.forget(declared, before)
-    Operation.objects.filter(finished_at__lt=before).delete()
+    delete(Operation.objects.filter(finished_at__lt=before))
     tallies.fold(before)
 
 

@@ -11,16 +11,16 @@ from collections.abc import Iterable, Iterator
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from jobs import tallies
+from jobs import health, tallies
 from jobs.health import Health, Item
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
-def write(health: Health) -> bytes:
+def read() -> bytes:
     """Return the metrics in Prometheus' text format. What could not be read is left out, and not 0."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(health))
+    registry.register(_Collected(health.read()))
     return generate_latest(registry)
 
 

@@ -64,6 +64,8 @@ class Schedule(models.Model):
         _("cron"),
         max_length=100,
         blank=True,
+        default="",
+        db_default="",
         validators=[validate_cron],
         help_text=_("Overrides the schedule in the code, in the same format. Empty: the code's."),
     )
@@ -76,22 +78,26 @@ class Schedule(models.Model):
     )
     next_run_at = models.DateTimeField(_("next run"), null=True, editable=False)
     # Counted, not compared by time: a clock that was ahead for a moment must not hide what comes due until it is past.
-    due_runs = models.PositiveBigIntegerField(_("runs that came due"), default=0, editable=False)
-    settled_runs = models.PositiveBigIntegerField(_("of these settled"), default=0, editable=False)
+    due_runs = models.PositiveBigIntegerField(_("runs that came due"), default=0, db_default=0, editable=False)
+    settled_runs = models.PositiveBigIntegerField(_("of these settled"), default=0, db_default=0, editable=False)
     last_enqueued_at = models.DateTimeField(_("last enqueued"), null=True, editable=False)
     last_started_at = models.DateTimeField(_("last started"), null=True, editable=False)
     last_finished_at = models.DateTimeField(_("last finished"), null=True, editable=False)
-    last_outcome = models.CharField(_("last outcome"), max_length=20, blank=True, editable=False)
+    last_outcome = models.CharField(
+        _("last outcome"), max_length=20, blank=True, default="", db_default="", editable=False
+    )
     last_succeeded_at = models.DateTimeField(_("last succeeded"), null=True, editable=False)
     # Who paused it, and why. Whether it is paused is said by its switch alone.
     paused_at = models.DateTimeField(_("paused since"), null=True, editable=False)
     paused_until = models.DateTimeField(_("paused until"), null=True, editable=False)
-    paused_by = models.CharField(_("paused by"), max_length=150, blank=True, editable=False)
-    paused_reason = models.CharField(_("reason for the pause"), max_length=500, blank=True, editable=False)
-    matched = models.PositiveIntegerField(_("matched"), default=0, editable=False)
-    enqueued = models.PositiveIntegerField(_("enqueued"), default=0, editable=False)
-    already_queued = models.PositiveIntegerField(_("already queued"), default=0, editable=False)
-    waiting = models.PositiveIntegerField(_("waiting"), default=0, editable=False)
+    paused_by = models.CharField(_("paused by"), max_length=150, blank=True, default="", db_default="", editable=False)
+    paused_reason = models.CharField(
+        _("reason for the pause"), max_length=500, blank=True, default="", db_default="", editable=False
+    )
+    matched = models.PositiveIntegerField(_("matched"), default=0, db_default=0, editable=False)
+    enqueued = models.PositiveIntegerField(_("enqueued"), default=0, db_default=0, editable=False)
+    already_queued = models.PositiveIntegerField(_("already queued"), default=0, db_default=0, editable=False)
+    waiting = models.PositiveIntegerField(_("waiting"), default=0, db_default=0, editable=False)
 
     objects = PrimaryManager.from_queryset(ScheduleQuerySet)()
 
@@ -203,16 +209,20 @@ class Claim(models.Model):
     model = models.CharField(_("model"), max_length=200)
     object_pk = models.TextField(_("row"))
     lease_key = models.CharField(_("lease"), max_length=250, null=True)  # noqa: DJ001  (NULLs are not equal)
-    token = models.CharField(max_length=32, blank=True)
+    token = models.CharField(max_length=32, blank=True, default="", db_default="")
     leased_at = models.DateTimeField(_("leased since"), null=True)
     lease_expires_at = models.DateTimeField(_("leased until"), null=True)
-    holder = models.CharField(_("held by"), max_length=250, blank=True)
+    holder = models.CharField(_("held by"), max_length=250, blank=True, default="", db_default="")
     stopping_since = models.DateTimeField(_("its worker told to stop"), null=True)
-    attempts = models.PositiveIntegerField(_("failed attempts"), default=0)
-    crashes = models.PositiveIntegerField(_("crashes"), default=0, help_text=_("Attempts whose process died."))
-    deaths = models.PositiveIntegerField(_("seen deaths"), default=0, help_text=_("Crashes that the worker saw."))
+    attempts = models.PositiveIntegerField(_("failed attempts"), default=0, db_default=0)
+    crashes = models.PositiveIntegerField(
+        _("crashes"), default=0, db_default=0, help_text=_("Attempts whose process died.")
+    )
+    deaths = models.PositiveIntegerField(
+        _("seen deaths"), default=0, db_default=0, help_text=_("Crashes that the worker saw.")
+    )
     next_attempt_at = models.DateTimeField(_("next attempt"), null=True)
-    last_error = models.TextField(_("last error"), blank=True)
+    last_error = models.TextField(_("last error"), blank=True, default="", db_default="")
     quarantined_at = models.DateTimeField(_("quarantined"), null=True)
     first_claimed_at = models.DateTimeField(_("first claimed"))
 
@@ -249,15 +259,15 @@ class Run(models.Model):
         RESOLVED = "resolved", _("resolved")
 
     job = models.CharField(_("job"), max_length=80)
-    model = models.CharField(_("model"), max_length=200, blank=True)
-    object_pk = models.TextField(_("row"), blank=True)
+    model = models.CharField(_("model"), max_length=200, blank=True, default="", db_default="")
+    object_pk = models.TextField(_("row"), blank=True, default="", db_default="")
     outcome = models.CharField(_("outcome"), max_length=20, choices=Outcome)
-    error = models.TextField(_("error"), blank=True)
+    error = models.TextField(_("error"), blank=True, default="", db_default="")
     # Of the error, see `jobs.fingerprint`.
-    fingerprint = models.CharField(max_length=32, blank=True, editable=False)
-    traceback = models.TextField(_("traceback"), blank=True)
-    worker = models.CharField(_("worker"), max_length=100, blank=True)
-    host = models.CharField(_("host"), max_length=100, blank=True)
+    fingerprint = models.CharField(max_length=32, blank=True, default="", db_default="", editable=False)
+    traceback = models.TextField(_("traceback"), blank=True, default="", db_default="")
+    worker = models.CharField(_("worker"), max_length=100, blank=True, default="", db_default="")
+    host = models.CharField(_("host"), max_length=100, blank=True, default="", db_default="")
     pid = models.PositiveIntegerField(_("process"), null=True)
     first_claimed_at = models.DateTimeField(_("first claimed"), null=True)
     started_at = models.DateTimeField(_("started"), null=True)
@@ -291,8 +301,9 @@ class Run(models.Model):
 class Tally(models.Model):
     """How many runs of a job ended in one way within one hour, and how long they took. Counted again from the runs.
 
-    A failure counts with its like: `fingerprint` is that of its error without what differs from row to row. What is
-    older than `KEEP_RUNS` is added up in one tally for each job and outcome, whose hour is `BEFORE`.
+    A failure counts with its like: `fingerprint` is that of its error without what differs from row to row. Failures
+    older than `KEEP_RUNS`, and all else from a day on, are added up in one tally for each job and outcome, whose hour
+    is `BEFORE`.
     """
 
     BEFORE = datetime(1970, 1, 1, tzinfo=UTC)
@@ -300,12 +311,12 @@ class Tally(models.Model):
     hour = models.DateTimeField(_("hour"))
     job = models.CharField(_("job"), max_length=80)
     outcome = models.CharField(_("outcome"), max_length=20, choices=Run.Outcome)
-    fingerprint = models.CharField(max_length=32, blank=True)
-    error = models.TextField(_("error"), blank=True)
-    runs = models.PositiveBigIntegerField(_("runs"), default=0)
+    fingerprint = models.CharField(max_length=32, blank=True, default="", db_default="")
+    error = models.TextField(_("error"), blank=True, default="", db_default="")
+    runs = models.PositiveBigIntegerField(_("runs"), default=0, db_default=0)
     # How many of them took up to each of `jobs.tallies.BOUNDS`, from the start of the run, and from the first claim.
-    took = models.JSONField(_("took"), default=list)
-    settled_after = models.JSONField(_("settled after"), default=list)
+    took = models.JSONField(_("took"), default=list, db_default=[])
+    settled_after = models.JSONField(_("settled after"), default=list, db_default=[])
 
     class Meta:
         verbose_name = _("tally")
@@ -347,14 +358,16 @@ class Operation(models.Model):
 
     action = models.CharField(_("action"), max_length=20, choices=Action, editable=False)
     # The names and values of `ClaimQuerySet.matching`.
-    filter = models.JSONField(_("filter"), default=dict, editable=False)
+    filter = models.JSONField(_("filter"), default=dict, db_default={}, editable=False)
     # Claims that are made later are not meant.
     last_pk = models.BigIntegerField(_("up to claim"), editable=False)
-    at_pk = models.BigIntegerField(_("has come to claim"), default=0, editable=False)
-    total = models.PositiveBigIntegerField(_("rows"), default=0, editable=False)
-    seen = models.PositiveBigIntegerField(_("looked at"), default=0, editable=False)
-    changed = models.PositiveBigIntegerField(_("changed"), default=0, editable=False)
-    requested_by = models.CharField(_("requested by"), max_length=150, blank=True, editable=False)
+    at_pk = models.BigIntegerField(_("has come to claim"), default=0, db_default=0, editable=False)
+    total = models.PositiveBigIntegerField(_("rows"), default=0, db_default=0, editable=False)
+    seen = models.PositiveBigIntegerField(_("looked at"), default=0, db_default=0, editable=False)
+    changed = models.PositiveBigIntegerField(_("changed"), default=0, db_default=0, editable=False)
+    requested_by = models.CharField(
+        _("requested by"), max_length=150, blank=True, default="", db_default="", editable=False
+    )
     requested_at = models.DateTimeField(_("requested"), editable=False)
     finished_at = models.DateTimeField(_("finished"), null=True, editable=False)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
 from django.db import connections, router, transaction
-from django.db.models import F, Q
+from django.db.models import F, Model, Q
 from redis import Redis
 from redis.exceptions import ResponseError
 from rq_scheduler.scheduler import Scheduler as RQScheduler
@@ -244,12 +244,27 @@ def _schedules(using: str | None = None) -> list[Schedule]:
 
 
 def on_migrate(using: str, **kwargs: Any) -> None:
-    """After `migrate`: a schedule for every job and sweep, a switch for every one that can be switched off."""
-    Schedule = apps.get_model("selfheal", "Schedule")
-    tables = connections[using].introspection.table_names()
-    if router.allow_migrate_model(using, Schedule) and Schedule._meta.db_table in tables:
+    """After `migrate`: a schedule for every job and sweep, a switch for every one that can be switched off.
+
+    Not in tables that are not of today: this may be the migration of another app, or the way back to an older one.
+    """
+    if _has_tables_of_today(using, apps.get_model("selfheal", "Schedule")):
         _schedules(using)
-    switches.create_missing((each.name for each in registry.declared() if each.has_switch), using, tables)
+    if _has_tables_of_today(using, switches.model()):
+        switches.create_missing((each.name for each in registry.declared() if each.has_switch), using)
+
+
+def _has_tables_of_today(using: str, model: type[Model]) -> bool:
+    """Whether the model's table in this database has every column that the model has.
+
+    The database is asked and not the migrations: they may be faked, squashed, or not used at all.
+    """
+    connection, table = connections[using], model._meta.db_table
+    if not router.allow_migrate_model(using, model) or table not in connection.introspection.table_names():
+        return False
+    with connection.cursor() as cursor:
+        columns = {column.name for column in connection.introspection.get_table_description(cursor, table)}
+    return columns >= {field.column for field in model._meta.concrete_fields}
 
 
 class Scheduler(RQScheduler):

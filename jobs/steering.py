@@ -5,7 +5,11 @@ And the section that the page of any row gets: why its background work is not do
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from django.contrib import admin, messages
@@ -14,6 +18,7 @@ from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.admin.options import IS_POPUP_VAR
 from django.contrib.admin.utils import quote, unquote
 from django.core.exceptions import BadRequest, PermissionDenied, ValidationError
+from django.db import OperationalError, connections, router, transaction
 from django.db.models import QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotAllowed, HttpResponseRedirect
 from django.template.response import TemplateResponse
@@ -25,7 +30,11 @@ from django.utils.translation import gettext_lazy as _
 from jobs import operations, pauses, registry
 from jobs.explain import Explanation, explain
 from jobs.job import Job
-from jobs.models import Schedule
+from jobs.models import Claim, Schedule
+from jobs.sweep import Sweep, SweepResult
+
+# How long the page waits for a dry run, of whatever was chosen. The last statement may take as long again.
+PATIENCE = timedelta(milliseconds=400)
 
 # What can be done, the permission that it takes, and what its button says.
 STEERING: dict[str, tuple[str, Any]] = {
@@ -260,6 +269,55 @@ def run_now(request: HttpRequest, schedule: Schedule) -> operations.Result:
     if pauses.read(declared.switches):
         return operations.Result(True, gettext("A run of %s is owed; it begins when the pause ends.") % schedule)
     return operations.Result(True, gettext("A run of %s is owed; the next tick queues it.") % schedule)
+
+
+def dry_run(schedule: Schedule, until: float) -> operations.Result:
+    """Say what a sweep would do now, as far as can be told until then, in the time of `time.monotonic()`."""
+    declared = registry.get(schedule.name)
+    if not isinstance(declared, Sweep):
+        return operations.Result(False, gettext("%s is no sweep.") % schedule)
+    found = SweepResult()
+
+    def note(so_far: SweepResult) -> bool:
+        nonlocal found
+        found = so_far
+        return time.monotonic() > until
+
+    try:
+        with _limited(router.db_for_write(Claim), until), _limited(declared.queryset().db, until):
+            declared.sweep(dry_run=True, on_batch=note)
+    except OperationalError:
+        if time.monotonic() < until:
+            raise
+    if time.monotonic() < until:
+        text = gettext("%(name)s would queue %(enqueued)d, skip %(already_queued)d queued, %(waiting)d waiting.")
+    else:
+        text = gettext(
+            "%(name)s would queue at least %(enqueued)d, skip at least %(already_queued)d queued, and at least "
+            "%(waiting)d waiting. To count them all takes longer: manage.py jobs sweep %(name)s --dry-run."
+        )
+    return operations.Result(True, text % {"name": schedule.name, **found._asdict()})
+
+
+@contextmanager
+def _limited(alias: str, until: float) -> Iterator[None]:
+    """End each statement on a database that goes on for longer. What is written in here is taken back."""
+    connection = connections[alias]
+    if connection.vendor == "sqlite":
+        connection.ensure_connection()
+        connection.connection.set_progress_handler(lambda: time.monotonic() > until, 10_000)
+        try:
+            yield
+        finally:
+            connection.connection.set_progress_handler(None, 0)
+        return
+    left = max(1, math.ceil((until - time.monotonic()) * 1000))
+    with transaction.atomic(alias):
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT set_config('statement_timeout', %s, true)", [str(left)])
+        yield
+        # With it the limit, in a transaction that was there before.
+        transaction.set_rollback(True, alias)
 
 
 def log(request: HttpRequest, rows: list[Any], message: str) -> None:

@@ -126,13 +126,15 @@ class Sweep(Declared):
             )
         return found
 
-    def sweep(self, dry_run: bool = False, *, on_batch: Callable[[SweepResult], None] | None = None) -> SweepResult:
+    def sweep(
+        self, dry_run: bool = False, *, on_batch: Callable[[SweepResult], bool | None] | None = None
+    ) -> SweepResult:
         """Queue the job for every row that needs it and is not queued, leased, backing off or quarantined.
 
         Oldest first in the queryset's order, in batches, until about `limit` are queued; a round trip to Redis each.
         Unleased claims whose row needs nothing any more are settled. With `dry_run` it only counts. Switched off, it
-        does neither. `on_batch` is told after each batch what was found so far. Raises `QueueUnavailable` when Redis
-        does not answer.
+        does neither. `on_batch` is told after each batch what was found so far, and answers True to have it end there.
+        Raises `QueueUnavailable` when Redis does not answer.
         """
         if not dry_run and switches.disabled(self.switches):
             return SweepResult()
@@ -152,7 +154,7 @@ class Sweep(Declared):
         rows: QuerySet[Any],
         unsettled: int,
         dry_run: bool,
-        on_batch: Callable[[SweepResult], None] | None,
+        on_batch: Callable[[SweepResult], bool | None] | None,
     ) -> SweepResult:
         limit = self.effective_limit()
         queue = queues.get(self.job.queue)
@@ -179,8 +181,8 @@ class Sweep(Declared):
             room -= len(new)
             enqueued += len(new)
             result = SweepResult(enqueued + already_queued + waiting, enqueued, already_queued, waiting)
-            if on_batch:
-                on_batch(result)
+            if on_batch and on_batch(result):
+                break
             if room <= 0 and already_queued + enqueued >= limit:
                 break
         return result

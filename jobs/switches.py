@@ -57,11 +57,14 @@ def _tell_cache(switch: Any) -> None:
     transaction.on_commit(switch.flush, using=_database(), robust=True)
 
 
-def create_missing(names: Iterable[str], using: str, tables: Iterable[str]) -> None:
+def model() -> Any:
+    """The model of the switches, which a project may have replaced by one of its own."""
+    return get_waffle_switch_model()
+
+
+def create_missing(names: Iterable[str], using: str) -> None:
     """Create a switch, off, for each name that has none, so that the admin lists them all before the first incident."""
     Switch = get_waffle_switch_model()
-    if not router.allow_migrate_model(using, Switch) or Switch._meta.db_table not in tables:
-        return
     note = _("Turn on to stop %(name)s everywhere within seconds. Nothing is lost; turn off to catch up.")
     Switch.objects.using(using).bulk_create(
         [Switch(name=PREFIX + name, note=note % {"name": name}) for name in names], ignore_conflicts=True

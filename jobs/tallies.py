@@ -7,7 +7,6 @@ it twice, or late, does no harm, and what an outage kept from being counted is c
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from django.apps import apps
 from django.db import router, transaction
 from django.db.models import (
+    BigIntegerField,
     Case,
     Count,
     F,
@@ -36,6 +36,7 @@ from django.db.models.lookups import LessThanOrEqual
 
 from jobs import clock
 from jobs.conf import conf
+from jobs.deletion import delete
 
 if TYPE_CHECKING:
     from jobs.models import Tally
@@ -67,6 +68,17 @@ class Seconds(Func):
         return f"(julianday({end}) - julianday({start})) * 86400", ()
 
 
+class _Bar(Func):
+    """One bar of a histogram."""
+
+    arity = 1
+    template = "(%(expressions)s -> %(place)s)::bigint"
+    output_field = BigIntegerField()
+
+    def as_sqlite(self, compiler: Any, connection: Any, **context: Any) -> Any:
+        return self.as_sql(compiler, connection, template="json_extract(%(expressions)s, '$[%(place)s]')", **context)
+
+
 def hour_of(moment: datetime) -> datetime:
     """Return the beginning of a moment's hour, in UTC."""
     return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
@@ -90,7 +102,7 @@ def count(counted_at: datetime | None) -> int:
     # A clock that was ahead has counted hours that are still to come. That hides none of them.
     first = hour_of(min(counted_at, now) - COMMITTED_AFTER if counted_at else oldest or now)
     # What a count has done that was then broken off need not be done again.
-    newest = _tallies().filter(hour__lte=now).order_by("-hour").values_list("hour", flat=True).first()
+    newest = _newest(now)
     # Of the runs of an hour from before that, some are deleted already.
     kept = min(hour_of(now - conf.KEEP_RUNS) + HOUR, hour_of(now))
     hour, counted = max(first, kept, newest - HOUR if newest else kept), 0
@@ -100,21 +112,30 @@ def count(counted_at: datetime | None) -> int:
     return counted
 
 
+def _newest(now: datetime) -> datetime | None:
+    """Return the newest hour that has a tally. The one before it is the first that a count may write again."""
+    return _tallies().filter(hour__lte=now).order_by("-hour").values_list("hour", flat=True).first()
+
+
 def count_hour(hour: datetime) -> None:
     """Count the runs that ended within the hour, and write that over its tallies."""
     counted = _counted(_runs().filter(finished_at__gte=hour, finished_at__lt=hour + HOUR))
     for tally in counted:
         tally.hour = hour
     with transaction.atomic(_database()):
-        _tallies().filter(hour=hour).delete()
+        delete(_tallies().filter(hour=hour))
         # Whoever has written the same hour meanwhile has counted the same.
-        _tallies().bulk_create(
-            counted,
-            batch_size=BATCH,
-            update_conflicts=True,
-            unique_fields=["hour", "job", "outcome", "fingerprint"],
-            update_fields=["error", "runs", "took", "settled_after"],
-        )
+        _write(counted)
+
+
+def _write(tallies: Iterable[Tally]) -> None:
+    _tallies().bulk_create(
+        tallies,
+        batch_size=BATCH,
+        update_conflicts=True,
+        unique_fields=["hour", "job", "outcome", "fingerprint"],
+        update_fields=["error", "runs", "took", "settled_after"],
+    )
 
 
 def _counted(runs: QuerySet[Any]) -> list[Tally]:
@@ -163,9 +184,16 @@ def _bound(start: str) -> Case:
 
 
 def fold(before: datetime) -> None:
-    """Add up the tallies of the hours before that, in one for each job and outcome. No total becomes less by it."""
+    """Add up the tallies of the hours before that, in one for each job and outcome. No total becomes less by it.
+
+    Those that count no failure wait for a day only: nobody asks for their hours any more, and everybody for the total.
+    """
+    now = clock.read()
+    # An hour that will be counted again is not to be counted twice.
+    counted = min(last(PERIODS["day"], now), (_newest(now) or now) - HOUR)
     Tally = apps.get_model("selfheal", "Tally")
-    old = _tallies().filter(hour__gt=Tally.BEFORE, hour__lt=hour_of(before))
+    is_old = Q(hour__lt=hour_of(before)) | Q(hour__lt=counted) & ~Q(outcome__in=FAILURES)
+    old = _tallies().filter(is_old, hour__gt=Tally.BEFORE)
     while True:
         with transaction.atomic(_database()):
             # Locked, so that nobody else adds them up too.
@@ -173,20 +201,20 @@ def fold(before: datetime) -> None:
             if not batch:
                 return
             totals = {(each.job, each.outcome): each for each in _tallies().filter(hour=Tally.BEFORE)}
+            changed: dict[tuple[str, str], Any] = {}
             for tally in batch:
                 key = (tally.job, tally.outcome)
-                total = totals.setdefault(key, _nothing(*key, hour=Tally.BEFORE))
+                total = changed.setdefault(key, totals.get(key) or _nothing(*key, hour=Tally.BEFORE))
                 total.runs += tally.runs
                 total.took = add([total.took, tally.took])
                 total.settled_after = add([total.settled_after, tally.settled_after])
-            for total in totals.values():
-                total.save()
-            _tallies().filter(pk__in=[tally.pk for tally in batch]).delete()
+            _write(changed.values())
+            delete(_tallies().filter(pk__in=[tally.pk for tally in batch]))
 
 
 def add(histograms: Iterable[Sequence[int]]) -> list[int]:
-    """Add histograms up, bar by bar."""
-    return [sum(bars) for bars in zip(*histograms, strict=True)] or [0] * len(BOUNDS)
+    """Add histograms up, bar by bar. One that nobody has written is empty."""
+    return [sum(bars) for bars in zip(*filter(None, histograms), strict=True)] or [0] * len(BOUNDS)
 
 
 def quantile(histogram: Sequence[int], share: float) -> float | None:
@@ -219,10 +247,20 @@ def outcomes(jobs: Iterable[str]) -> Iterator[tuple[str, str, int]]:
 
 def times(jobs: Iterable[str]) -> dict[str, list[int]]:
     """Return the histogram of how long the runs of each of these jobs took that were done, since the first count."""
-    found: dict[str, list[list[int]]] = defaultdict(list)
-    for job, took in _tallies().filter(job__in=jobs, outcome="done").values_list("job", "took").iterator(BATCH):
-        found[job].append(took)
-    return {job: add(histograms) for job, histograms in found.items()}
+    return {job: took for job, [took] in histograms(_tallies().filter(job__in=jobs), "took").items()}
+
+
+def histograms(tallies: QuerySet[Any], *names: str) -> dict[str, list[list[int]]]:
+    """Return the sums of these histograms, for each job that has any of what was done.
+
+    The database adds up. What arrives here is a row for each job, however many hours are kept.
+    """
+    bars = {
+        f"{name}_{place}": Coalesce(Sum(_Bar(name, place=place)), 0) for name in names for place in range(len(BOUNDS))
+    }
+    sums = tallies.filter(outcome="done").order_by().values("job").annotate(**bars).values_list("job", *bars)
+    size = len(BOUNDS)
+    return {job: [list(added[at : at + size]) for at in range(0, len(added), size)] for job, *added in sums}
 
 
 def errors(now: datetime) -> QuerySet[Any]:

@@ -7,9 +7,10 @@ do not let the world ask.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from django.db import connections
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
@@ -17,6 +18,8 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
 from jobs import health
+
+T = TypeVar("T")
 
 # A little more than Redis may take.
 PATIENCE_SECONDS = health.PATIENCE.total_seconds() + 0.2
@@ -37,7 +40,7 @@ def readyz(request: HttpRequest) -> JsonResponse:
     There must be the database and each Redis, a worker for each queue that something declared uses, and of each sweep
     that is not paused a success within two of its intervals.
     """
-    found = _read()
+    found = _read(health.read)
     if found is None:
         return JsonResponse({"ready": False, "database": "does not answer in time"}, status=503)
     checks: dict[str, Any] = {
@@ -55,40 +58,39 @@ def readyz(request: HttpRequest) -> JsonResponse:
 def metrics(request: HttpRequest) -> HttpResponse:
     """Answer with the metrics, as Prometheus reads them; 404 when its library is not installed."""
     try:
-        from jobs.metrics import CONTENT_TYPE, write
+        from jobs.metrics import CONTENT_TYPE, read
     except ImportError as error:
         raise Http404(f"{error}: pip install 'django-selfheal[prometheus]'") from None
-    found = _read()
+    found = _read(read)
     if found is None:
         return HttpResponse("The database does not answer in time.\n", status=503, content_type="text/plain")
-    return HttpResponse(write(found), content_type=CONTENT_TYPE)
+    return HttpResponse(found, content_type=CONTENT_TYPE)
 
 
 _lock = threading.Lock()
-_reading: Future[health.Health] | None = None
+_readings: dict[Callable[[], Any], Future[Any]] = {}
 
 
-def _read() -> health.Health | None:
-    """Read how it is going, or return None when that takes too long.
+def _read(what: Callable[[], T]) -> T | None:
+    """Return what this function reads, or None when that takes too long.
 
-    Whoever asks meanwhile waits for the same reading: a database that hangs holds one thread, however often somebody
-    asks, and that one does not keep the process from ending.
+    Whoever asks meanwhile waits for the same reading: a database that hangs holds one thread for each page, however
+    often somebody asks, and that one does not keep the process from ending.
     """
-    global _reading
     with _lock:
-        if _reading is None or _reading.done():
-            _reading = Future()
-            threading.Thread(target=_fulfil, args=(_reading,), name="selfheal-read", daemon=True).start()
-        reading = _reading
+        reading = _readings.get(what)
+        if reading is None or reading.done():
+            _readings[what] = reading = Future()
+            threading.Thread(target=_fulfil, args=(reading, what), name="selfheal-read", daemon=True).start()
     try:
-        return reading.result(PATIENCE_SECONDS)
+        return cast(T, reading.result(PATIENCE_SECONDS))
     except Late:
         return None
 
 
-def _fulfil(reading: Future[health.Health]) -> None:
+def _fulfil(reading: Future[T], what: Callable[[], T]) -> None:
     try:
-        found = health.read()
+        found = what()
     except BaseException as error:
         reading.set_exception(error)
     else:

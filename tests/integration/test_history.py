@@ -1,18 +1,21 @@
 """The history of attempts: what is kept for how long, and how it is asked."""
 
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from django.db import connection
+from django.db.models.signals import post_delete, pre_delete
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from jobs import claims, clock, enqueue, queues
+from jobs import claims, clock, enqueue, queues, tallies
 from jobs import jobs as library
 from jobs.jobs import selfheal_prune
-from jobs.models import Claim, Run, Schedule
-from jobs.testing import drain, tick
+from jobs.models import Claim, Operation, Run, Schedule, Tally
+from jobs.testing import drain, perform, tick
 from tests.cast.jobs import do_task, schedule_tasks
 from tests.cast.models import Task
 
@@ -45,9 +48,9 @@ def test_it_is_deleted_a_batch_at_a_time(monkeypatch, django_assert_num_queries)
     monkeypatch.setattr(library, "BATCH", 3)
     runs(*[timedelta(days=20)] * 7)
     asks_for_the_time = connection.vendor == "postgresql"
-    # Three times: look, then delete; and a last look. The claims of jobs that are gone, and operations. A locked look
-    # at the tallies.
-    with django_assert_num_queries(asks_for_the_time + 3 * 2 + 1 + 1 + 1 + 3):
+    # Three times: look, then delete; and a last look. The claims of jobs that are gone, and operations. The newest hour
+    # that was counted, and a locked look at the tallies.
+    with django_assert_num_queries(2 * asks_for_the_time + 3 * 2 + 1 + 1 + 1 + 1 + 3):
         selfheal_prune()
     assert not Run.objects.exists()
 
@@ -76,6 +79,44 @@ def test_nothing_else_is_deleted():
     Task.objects.create(state="done")
     selfheal_prune()
     assert (Claim.objects.count(), Task.objects.count()) == (1, 1)
+
+
+@pytest.fixture
+def told() -> Iterator[list[Any]]:
+    """What the receivers of a project are told that listen to every deletion, of whatever it is."""
+    heard: list[Any] = []
+
+    def listen(instance: Any, **kwargs: Any) -> None:
+        heard.append(instance)
+
+    for signal in (pre_delete, post_delete):
+        signal.connect(listen)
+    yield heard
+    for signal in (pre_delete, post_delete):
+        signal.disconnect(listen)
+
+
+def test_whoever_listens_to_deletions_no_row_is_read_to_be_deleted(told, task):
+    """Django itself would read 2,000 tracebacks."""
+    now, old = timezone.now(), timezone.now() - timedelta(days=20)
+    long = "Traceback\n" * 1000
+    Run.objects.bulk_create(
+        Run(job="gone", outcome="failed", error="E", traceback=long, finished_at=old) for _ in range(2000)
+    )
+    Claim.objects.create(job="gone", model="cast.task", object_pk="1", first_claimed_at=old, last_error=long)
+    Operation.objects.create(action="release", last_pk=1, requested_at=old, finished_at=old)
+    tallies.count_hour(tallies.hour_of(old))
+    tallies.count_hour(tallies.hour_of(now))
+    with CaptureQueriesContext(connection) as queries:
+        selfheal_prune()
+        tallies.count_hour(tallies.hour_of(now))
+        assert perform(do_task, task) == "done"
+    assert not any("traceback" in query["sql"] and query["sql"].startswith("SELECT") for query in queries)
+    deletions = re.findall(r'DELETE FROM "(\w+)"', " ".join(query["sql"] for query in queries))
+    once = ["selfheal_run", "selfheal_claim", "selfheal_operation", "selfheal_tally", "selfheal_tally"]
+    assert deletions == [*once, "selfheal_claim"]
+    assert told == []
+    assert (Operation.objects.count(), Claim.objects.count(), Tally.objects.count()) == (0, 0, 1)
 
 
 @pytest.mark.django_db(transaction=True)

@@ -15,15 +15,17 @@ import yaml
 from django.core.management import CommandError, call_command
 from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from prometheus_client.parser import text_string_to_metric_families
 
 from config import BASE_DIR
-from jobs import tallies, views
+from jobs import health, job, metrics, sweep, tallies, views
 from jobs.jobs import selfheal_prune
 from jobs.models import Claim, Run, Schedule, Tally
 from jobs.testing import tick
 from jobs.worker import Worker
+from tests.cast.models import Task
 from tests.integration.test_health import ended
 from tests.machine import within
 
@@ -35,9 +37,9 @@ pytestmark = pytest.mark.django_db(transaction=True)
 @pytest.fixture(autouse=True)
 def _no_reading_of_another_test() -> Iterator[None]:
     yield
-    if views._reading is not None:
-        views._reading.exception(10)
-        views._reading = None
+    for reading in views._readings.values():
+        reading.exception(10)
+    views._readings.clear()
 
 
 def ready(client: Client) -> tuple[int, dict[str, Any]]:
@@ -54,6 +56,12 @@ def scrape(client: Client) -> dict[tuple[str, ...], float]:
         for family in text_string_to_metric_families(response.content.decode())
         for sample in family.samples
     }
+
+
+def swept(name: str) -> None:
+    """Declare a job and its sweep."""
+    made = job(name=name)(lambda task: None)
+    sweep(made, cron="* * * * *", name=f"schedule_{name}")(Task.objects.pending)
 
 
 # --- Probes -----------------------------------------------------------------------------------------------------------
@@ -117,15 +125,16 @@ def locked_against_everybody() -> Iterator[None]:
 
 # A file has nobody in it who could hang.
 @pytest.mark.postgres
-def test_a_database_that_hangs_is_said_to_within_a_second_and_holds_one_thread(client, at_work, race):
+def test_a_database_that_hangs_is_said_to_within_a_second_and_holds_one_thread_a_page(client, at_work, race):
     with locked_against_everybody():
         with within(2):
             answers = race(*[lambda: Client().get("/readyz")] * 5)
         assert [answer.status_code for answer in answers] == [503] * 5
-        assert client.get("/metrics").status_code == 503
-        assert [thread.name for thread in threading.enumerate()].count("selfheal-read") == 1
-        assert views._reading is not None
-    assert views._reading.result(10).database.is_up
+        with within(2):
+            answers = race(*[lambda: Client().get("/metrics")] * 5)
+        assert [answer.status_code for answer in answers] == [503] * 5
+        assert [thread.name for thread in threading.enumerate()].count("selfheal-read") == 2
+    assert views._readings[health.read].result(10).database.is_up
     assert ready(client)[0] == 200
 
 
@@ -199,6 +208,52 @@ def test_what_is_counted_never_becomes_less(client, at_work, settings):
     counted = [name for name in before if name[0].startswith("selfheal_run")]
     assert {name: after[name] for name in counted} == {name: before[name] for name in counted}
     assert before["selfheal_runs_total", "do_task", "failed"] == 3
+
+
+def test_what_hangs_while_the_totals_are_read_holds_up_no_request(client, at_work, monkeypatch):
+    goes_on, outcomes = threading.Event(), tallies.outcomes
+    monkeypatch.setattr(tallies, "outcomes", lambda names: goes_on.wait(20) and outcomes(names))
+    with within(1.5):
+        assert client.get("/metrics").status_code == 503
+    goes_on.set()
+    [reading] = views._readings.values()
+    assert reading.exception(10) is None
+    assert client.get("/metrics").status_code == 200
+
+
+def test_the_metrics_of_hundreds_of_jobs_cost_no_more_statements_and_the_database_adds_up(
+    client, at_work, nothing_else, monkeypatch
+):
+    """What is read grows with the jobs, and not with the hours that were counted."""
+
+    def read() -> int:
+        with CaptureQueriesContext(connection) as queries:
+            metrics.read()
+        sums = [query["sql"] for query in queries if "selfheal_tally" in query["sql"]]
+        assert len(sums) == 4
+        assert all("GROUP BY" in sql for sql in sums)
+        return len(queries)
+
+    swept("job_0")
+    few = read()
+    for number in range(1, 250):
+        swept(f"job_{number}")
+    call_command("migrate", verbosity=0)
+    now, times = timezone.now(), [1] * len(tallies.BOUNDS)
+    Tally.objects.bulk_create(
+        Tally(hour=tallies.last(hours, now), job=f"job_{number}", outcome="done", runs=1, took=times)
+        for number in range(250)
+        for hours in range(100)
+    )
+    assert read() == few
+    # This machine may be busy.
+    monkeypatch.setattr(views, "PATIENCE_SECONDS", 20)
+    with within(1):
+        assert scrape(client)["selfheal_runs_total", "job_7", "done"] == 100
+    # After a day all that nobody asks for by the hour is one row.
+    selfheal_prune()
+    assert Tally.objects.count() == 250 * (25 + 1)
+    assert scrape(client)["selfheal_run_duration_seconds_bucket", "0.01", "job_7"] == 100
 
 
 def test_with_redis_away_its_figures_are_missing_and_not_nothing(client, at_work, refusing_redis):

@@ -11,6 +11,7 @@ from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
 from django.contrib.messages import get_messages
 from django.db import connection
+from django.db.models import BooleanField, Func
 from django.http import HttpResponse
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -18,7 +19,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from databases.models import Database
-from jobs import operations, pauses, registry
+from jobs import job, operations, pauses, registry, sweep
 from jobs.admin import ClaimAdmin, ExplainedAdmin, ScheduleAdmin
 from jobs.jobs import selfheal_operate
 from jobs.models import Claim, Operation, Run, Schedule
@@ -246,6 +247,48 @@ def test_a_dry_run_of_all_waits_once_for_a_redis_that_hangs(admin_client, hangin
 
 def test_a_dry_run_with_redis_away_says_so(admin_client, refusing_redis):
     assert "Redis did not answer" in told(on_list(SCHEDULES, "dry_run", "schedule_tasks")(admin_client))
+
+
+class NeverEnds(Func):
+    """A condition on a row that takes a minute, as one does that reads all of another table without an index."""
+
+    template = "pg_sleep(60) IS NOT NULL"
+    output_field = BooleanField()
+
+    def as_sqlite(self, compiler: Any, connection: Any, **context: Any) -> Any:
+        count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000000) SELECT count(*) FROM n"
+        return self.as_sql(compiler, connection, template=f"({count}) > 0", **context)
+
+
+def test_a_dry_run_of_a_table_that_is_slow_to_read_is_answered_within_a_second(admin_client, task, declaring):
+    made = job(name="slow_work")(lambda row: None)
+    sweep(made, cron="0 0 1 1 *", name="schedule_slow_work")(lambda: Task.objects.filter(NeverEnds()))
+    for name in ("schedule_slow_work", "schedule_tasks"):
+        Schedule.objects.get_or_create(name=name)
+    with within(1):
+        said = told(on_list(SCHEDULES, "dry_run", "schedule_slow_work", "schedule_tasks")(admin_client))
+    assert "schedule_slow_work would queue at least 0" in said
+    assert "manage.py jobs sweep schedule_slow_work --dry-run" in said
+    assert "was not asked" in said
+    # Nothing is left of the limit.
+    assert "would queue 1," in told(on_list(SCHEDULES, "dry_run", "schedule_tasks")(admin_client))
+    if connection.vendor == "postgresql":
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW statement_timeout")
+            assert cursor.fetchone() == ("0",)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_dry_run_says_how_far_it_has_come_when_its_time_is_over(admin_client, declaring):
+    made = job(name="much_work")(lambda row: None)
+    sweep(made, cron="0 0 1 1 *", name="schedule_much_work", batch_size=1)(Task.objects.pending)
+    Schedule.objects.create(name="schedule_much_work")
+    tasks = Task.objects.bulk_create(Task() for _ in range(20_000))
+    # So that each batch asks which of its rows are claimed.
+    Claim.objects.create(job="other", model="cast.task", object_pk=tasks[0].pk, first_claimed_at=timezone.now())
+    with within(1):
+        said = told(on_list(SCHEDULES, "dry_run", "schedule_much_work")(admin_client))
+    assert 0 < int(re.findall(r"would queue at least (\d+), skip", said)[0]) < 20_000
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------

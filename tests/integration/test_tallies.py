@@ -169,6 +169,29 @@ def test_old_tallies_are_added_up_and_no_total_becomes_less(settings, monkeypatc
     assert Tally.objects.get(hour=Tally.BEFORE, outcome="done").took[BOUNDS.index(1) : BOUNDS.index(10)] == [0, 2]
 
 
+def test_what_is_no_failure_is_added_up_after_a_day_and_never_counted_twice():
+    run(-2 * HOUR)
+    run()
+    run(outcome="failed", error="Error a")
+    count(None)
+    # Not counted yet, when the counting stops for three days.
+    run(timedelta(minutes=40))
+    later = NOW + timedelta(days=3)
+    with clock.fixed(later):
+        selfheal_prune()
+    assert counted() == {
+        ("01 00", "do_task", "done", ""): 1,
+        ("01 12", "do_task", "done", ""): 1,
+        ("01 12", "do_task", "failed", "Error a"): 1,
+    }
+    count(counted_at=NOW, now=later)
+    run(timedelta(days=3))
+    count(counted_at=later, now=later)
+    with clock.fixed(later):
+        selfheal_prune()
+    assert counted(outcome="done") == {("01 00", "do_task", "done", ""): 3, ("04 12", "do_task", "done", ""): 1}
+
+
 def test_it_is_a_cron_job_that_leaves_no_trace_of_itself():
     Run.objects.create(job="do_task", outcome="done", finished_at=clock.read())
     Schedule.objects.filter(name=selfheal_tally.name).owe()

@@ -24,6 +24,7 @@ LAYERS = [
         "conf",
         "cron",
         "database",
+        "deletion",
         "exceptions",
         "fingerprint",
         "message",
@@ -120,3 +121,15 @@ def test_it_depends_on_nothing_that_is_not_declared():
     allowed = {"croniter", "django", "django_rq", "prometheus_client", "redis", "rq", "rq_scheduler", "waffle", "jobs"}
     outside = {name.split(".")[0] for path in FILES for name in imported(path)} - sys.stdlib_module_names
     assert outside == allowed
+
+
+def test_rows_are_deleted_by_one_module():
+    """Django's own way to delete depends on who else listens."""
+    trees = {path.name: ast.walk(ast.parse(path.read_text())) for path in FILES}
+    deleting = {
+        name
+        for name, nodes in trees.items()
+        if any(isinstance(node, ast.Attribute) and node.attr in ("delete", "_raw_delete") for node in nodes)
+    }
+    # The other deletes keys of Redis.
+    assert deleting == {"deletion.py", "queues.py"}
