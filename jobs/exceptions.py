@@ -32,7 +32,7 @@ class QueueUnavailable(SelfHealError):
     """Redis did not take the job. Raised where nothing else would bring it back: for plain jobs and sweeps."""
 
     @classmethod
-    def of(cls, name: str, reason: Exception) -> Self:
+    def of(cls, name: str, reason: object) -> Self:
         return cls(f"{name} was not queued, because Redis did not answer: {reason}")
 
 

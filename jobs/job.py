@@ -227,9 +227,17 @@ class Job(Declared):
     def enqueue_with_jitter(
         self, *args: Any, max_wait: timedelta, min_wait: timedelta = timedelta(0), **kwargs: Any
     ) -> None:
-        """Queue like `enqueue`, after a random wait from `min_wait` up to `max_wait`, which the scheduler ends."""
+        """Queue like `enqueue`, after a random wait from `min_wait` up to `max_wait`, which the scheduler ends.
+
+        A row waits for a day at most: what is to be done later than that, its sweep has to match later.
+        """
         wait = spread(max_wait, min_wait)
         if self.is_swept:
+            if max_wait > queues.LONGEST_WAIT:
+                raise ValueError(
+                    f"max_wait is {max_wait}, and a row waits in the queue for {queues.LONGEST_WAIT} at most; "
+                    f"have the sweep of {self.name} match it when its time has come."
+                )
             enqueue.row(self, self._only(args, kwargs), wait)
         else:
             enqueue.call(self, args, kwargs, wait)

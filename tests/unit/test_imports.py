@@ -18,7 +18,19 @@ MODULES = {path.stem for path in ROOT.glob("*.py")}
 
 # Each may import from the rows above its own, and the leaves from one another.
 LAYERS = [
-    {"backoff", "clock", "conf", "cron", "exceptions", "fingerprint", "message", "queues", "registry", "switches"},
+    {
+        "backoff",
+        "clock",
+        "conf",
+        "cron",
+        "exceptions",
+        "fingerprint",
+        "message",
+        "queues",
+        "registry",
+        "resolver",
+        "switches",
+    },
     {"models"},
     {"enqueue", "claims", "pauses", "tallies"},
     {"job"},
