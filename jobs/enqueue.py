@@ -229,12 +229,12 @@ def _on_commit(push: Callable[[], None], using: str | None = None) -> None:
 
 
 def call(job: Job, args: tuple[Any, ...], kwargs: dict[str, Any], wait: timedelta | None = None) -> None:
-    """Queue one call of a plain job at commit. Raises `QueueUnavailable`: nothing else would bring it back."""
+    """Queue one call of a plain job at commit. Outside of a transaction it raises `QueueUnavailable`."""
     calls(job, [(args, kwargs)], wait)
 
 
 def calls(job: Job, arguments: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], wait: timedelta | None = None) -> None:
-    """Queue many calls of a plain job at commit, a round trip per 1,000. Raises `QueueUnavailable`."""
+    """Queue many calls of a plain job at commit, a round trip per 1,000. Raises as `call` does."""
     queue = queues.get(job.queue)
     messages = [Message.call(job, args, kwargs, queue.connection) for args, kwargs in arguments]
     if job.is_scheduled and switches.disabled([job.name]):

@@ -29,7 +29,10 @@ class NoLongerNeeded(SelfHealError):
 
 
 class QueueUnavailable(SelfHealError):
-    """Redis did not take the job. Raised where nothing else would bring it back: for plain jobs and sweeps."""
+    """Redis did not take the job. Raised where nothing else would bring it back: for plain jobs and sweeps.
+
+    Not at the commit of a transaction, where it would keep others' hooks from being run: there it is logged.
+    """
 
     @classmethod
     def of(cls, name: str, reason: object) -> Self:

@@ -207,7 +207,8 @@ class Job(Declared):
         """Queue the work on a row (given itself, or its primary key), or a call with JSON arguments, at commit.
 
         A swept job never raises because Redis is away: its sweep will find the row. A plain job raises
-        `QueueUnavailable` then. Raises `ValueError` for an unsaved row, `TypeError` for arguments that are not JSON.
+        `QueueUnavailable` then; within a transaction, at whose commit that is too late, it logs an error. Raises
+        `ValueError` for an unsaved row, `TypeError` for arguments that are not JSON.
         """
         if self.is_swept:
             enqueue.row(self, self._only(args, kwargs))
