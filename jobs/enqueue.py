@@ -11,20 +11,17 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from django.apps import apps
 from django.db import connections, transaction
 from django.db.models import Q, QuerySet
 from redis import Redis
-from redis.exceptions import RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.sentinel import MasterNotFoundError
+from redis.exceptions import RedisError, ResponseError
 
 from jobs import clock, queues, registry, switches
-from jobs.conf import conf
 from jobs.exceptions import QueueUnavailable
 from jobs.message import Message, label, row_id, row_ids
 
@@ -38,19 +35,23 @@ T = TypeVar("T")
 BATCH = 1000
 # How many ids are read at once. More would hold up Redis, and in the end outlast the time that it has to answer.
 SLICE = 100_000
+# A refusal that takes no longer costs nobody much. In seconds.
+AT_ONCE = 0.01
 
 # Look, then push: the id of one job goes to the end of its list, or to its time in the delayed set, unless it is in
 # one of them already. When too many are queued it is not: its sweep will bring the row when there is room. The ids of
-# other jobs do not count towards that, unless there are so many that telling them apart would hold up Redis.
+# other jobs do not count towards that, unless there are so many that telling them apart would hold up Redis. Nor does
+# what is in the delayed set until later than `last`.
 PUSH = """
 local list, delayed, names = KEYS[1], KEYS[2], KEYS[3]
-local id, room, score = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-if redis.call('ZSCORE', delayed, id) or redis.call('LPOS', list, id) then return 0 end
-local queued = redis.call('LLEN', list) + redis.call('ZCARD', delayed)
+local id, room, score, last = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local waits_until = tonumber(redis.call('ZSCORE', delayed, id) or 'inf')
+if waits_until <= last or redis.call('LPOS', list, id) then return 0 end
+local queued = redis.call('LLEN', list) + redis.call('ZCOUNT', delayed, '-inf', last)
 if queued >= room and queued <= 10000 then
     local own = string.match(id, '^[^-]+-')
     queued = 0
-    for _, ids in ipairs({redis.call('LRANGE', list, 0, -1), redis.call('ZRANGE', delayed, 0, -1)}) do
+    for _, ids in ipairs({redis.call('LRANGE', list, 0, -1), redis.call('ZRANGEBYSCORE', delayed, '-inf', last)}) do
         for _, other in ipairs(ids) do
             if string.sub(other, 1, #own) == own then queued = queued + 1 end
         end
@@ -75,11 +76,12 @@ LOST_AFTER = 60
 LOOKED_FOR = 10_000
 
 # A plain call, all of it or nothing: uniqueness, its id, its arguments. What a key of another type could make fail is
-# first, since Redis takes nothing back.
+# first, since Redis takes nothing back. A unique key that keeps out calls for longer than it may is not ours.
 CALL = """
 local list, delayed, names, calls, hash, unique = unpack(KEYS)
 local id, score, unique_for, lost_at, keep = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
-if unique_for > 0 and redis.call('EXISTS', unique) == 1 then return 0 end
+local held_for = redis.call('PTTL', unique)
+if unique_for > 0 and held_for >= 0 and held_for <= unique_for then return 0 end
 redis.call('ZADD', calls, lost_at, id)
 if score ~= '' then
     redis.call('ZADD', delayed, score, id)
@@ -103,7 +105,7 @@ if redis.call('EXISTS', hash) == 0 or redis.call('ZSCORE', delayed, id) then ret
 redis.call('ZADD', delayed, again_at, id)
 redis.call('ZADD', calls, again_at, id)
 redis.call('EXPIRE', hash, keep)
-if release == '1' and redis.call('GET', unique) == id then redis.call('DEL', unique) end
+if release == '1' and redis.pcall('GET', unique) == id then redis.call('DEL', unique) end
 return redis.call('HINCRBY', hash, 'attempt', 1)
 """
 
@@ -122,7 +124,7 @@ return 1
 END = """
 local delayed, calls, hash, unique = unpack(KEYS)
 redis.call('DEL', hash)
-if redis.call('GET', unique) == ARGV[1] then redis.call('DEL', unique) end
+if redis.pcall('GET', unique) == ARGV[1] then redis.call('DEL', unique) end
 redis.call('ZREM', delayed, ARGV[1])
 redis.call('ZREM', calls, ARGV[1])
 """
@@ -172,10 +174,10 @@ def row(job: Job, subject: Any, wait: timedelta | None = None) -> None:
 
     def push() -> None:
         with _Hint(job.name, queue := queues.get(job.queue)) as hint:
-            if hint.worthwhile:
+            if not hint.vain:
                 push_id(queue, row_id(job.name, pk), room=room, wait=wait)
 
-    transaction.on_commit(push, using=using)
+    _on_commit(push, using)
 
 
 def rows(job: Job, subjects: Any) -> None:
@@ -194,7 +196,7 @@ def rows(job: Job, subjects: Any) -> None:
 
     def push() -> None:
         with _Hint(job.name, queue := queues.get(job.queue)) as hint:
-            if not hint.worthwhile:
+            if hint.vain:
                 return
             queued = queued_ids(queue, job.name)
             room = limit - len(queued)
@@ -206,16 +208,33 @@ def rows(job: Job, subjects: Any) -> None:
                 if room <= 0:
                     return
 
-    transaction.on_commit(push, using=using)
+    _on_commit(push, using)
+
+
+def _on_commit(push: Callable[[], None], using: str | None = None) -> None:
+    """Push when the transaction commits, or now if there is none: only then can an error reach who asked for it.
+
+    From within a commit it would reach whoever committed, and Django would drop the hooks of everybody behind this one.
+    There it is logged.
+    """
+
+    def push_and_log() -> None:
+        try:
+            push()
+        except Exception as error:
+            logger.exception("After the commit of its transaction: %s", error)
+
+    in_transaction = transaction.get_connection(using).in_atomic_block
+    transaction.on_commit(push_and_log if in_transaction else push, using=using)
 
 
 def call(job: Job, args: tuple[Any, ...], kwargs: dict[str, Any], wait: timedelta | None = None) -> None:
-    """Queue one call of a plain job at commit. Raises `QueueUnavailable`: nothing else would bring it back."""
+    """Queue one call of a plain job at commit. Outside of a transaction it raises `QueueUnavailable`."""
     calls(job, [(args, kwargs)], wait)
 
 
 def calls(job: Job, arguments: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], wait: timedelta | None = None) -> None:
-    """Queue many calls of a plain job at commit, a round trip per 1,000. Raises `QueueUnavailable`."""
+    """Queue many calls of a plain job at commit, a round trip per 1,000. Raises as `call` does."""
     queue = queues.get(job.queue)
     messages = [Message.call(job, args, kwargs, queue.connection) for args, kwargs in arguments]
     if job.is_scheduled and switches.disabled([job.name]):
@@ -226,17 +245,20 @@ def calls(job: Job, arguments: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
     def push() -> None:
         options = [_score(wait), unique_for, clock.timestamp() + waits + LOST_AFTER, KEEP_CALLS + waits]
         try:
-            for batch in batches(messages, BATCH):
-                with queue.connection.pipeline(transaction=False) as pipeline:
-                    for message in batch:
-                        fields = [part for pair in message.to_dict().items() for part in pair]
-                        keys = [queue.key, queues.DELAYED_KEY, queue.redis_queues_keys, *_call_keys(message)]
-                        run_script(pipeline, CALL, keys, [message.id, *options, *fields])
-                    pipeline.execute()
+            with _Push(job.name, queue) as attempt:
+                if attempt.vain:
+                    raise QueueUnavailable.of(job.name, attempt.vain)
+                for batch in batches(messages, BATCH):
+                    with queue.connection.pipeline(transaction=False) as pipeline:
+                        for message in batch:
+                            fields = [part for pair in message.to_dict().items() for part in pair]
+                            keys = [queue.key, queues.DELAYED_KEY, queue.redis_queues_keys, *_call_keys(message)]
+                            run_script(pipeline, CALL, keys, [message.id, *options, *fields])
+                        pipeline.execute()
         except RedisError as error:
             raise QueueUnavailable.of(job.name, error) from error
 
-    transaction.on_commit(push)
+    _on_commit(push)
 
 
 def start_call(message: Message, connection: Redis, again_at: float) -> int:
@@ -268,7 +290,7 @@ def redeliver_call(message: Message, connection: Redis, again_at: float, wait: t
 def push_id(queue: queues.Queue, id: str, *, room: int = 2**31, wait: timedelta | None = None) -> bool:
     """Push one id unless it is queued or `room` of its job are already. Returns whether it was pushed."""
     keys = [queue.key, queues.DELAYED_KEY, queue.redis_queues_keys]
-    return bool(run_script(queue.connection, PUSH, keys, [id, room, _score(wait)]))
+    return bool(run_script(queue.connection, PUSH, keys, [id, room, _score(wait), latest()]))
 
 
 def push_ids(queue: queues.Queue, ids: list[bytes], spread_over: timedelta | None = None) -> None:
@@ -277,7 +299,7 @@ def push_ids(queue: queues.Queue, ids: list[bytes], spread_over: timedelta | Non
         return
     if spread_over:
         now, longest = clock.timestamp(), spread_over.total_seconds()
-        queue.connection.zadd(queues.DELAYED_KEY, {id: now + random.uniform(0, longest) for id in ids}, nx=True)
+        queue.connection.zadd(queues.DELAYED_KEY, {id: now + random.uniform(0, longest) for id in ids})
         return
     with queue.connection.pipeline(transaction=False) as pipeline:
         pipeline.sadd(queue.redis_queues_keys, queue.key)
@@ -291,17 +313,22 @@ def queued_ids(queue: queues.Queue, name: str) -> set[bytes]:
     Both hold those of other jobs too, any number of them. They are read by the `SLICE`, from the end: what workers take
     from the beginning meanwhile moves nothing.
     """
-    prefix = f"{name}-".encode()
+    prefix, last = f"{name}-".encode(), latest()
     found: set[bytes] = set()
     for end in itertools.count(-1, -SLICE):
         with queue.connection.pipeline() as pipeline:
             pipeline.lrange(queue.key, end - SLICE + 1, end)
-            pipeline.zrange(queues.DELAYED_KEY, end - SLICE + 1, end)
+            pipeline.zrevrangebyscore(queues.DELAYED_KEY, last, "-inf", -1 - end, SLICE)
             parts = pipeline.execute()
         found.update(id for part in parts for id in part if id.startswith(prefix))
         if max(map(len, parts)) < SLICE:
             break
     return found
+
+
+def latest() -> float:
+    """Return until when a row may wait in the delayed set, in seconds since 1970."""
+    return clock.timestamp() + queues.LONGEST_WAIT.total_seconds()
 
 
 def move_due(connection: Redis) -> int:
@@ -316,6 +343,27 @@ def move_due(connection: Redis) -> int:
         moved += int(moved_now)
         if moved_now + len(refused) < BATCH:
             return moved
+
+
+def drop_overlong(connection: Redis) -> None:
+    """Remove from the delayed set, by the 1,000, the rows and schedules that are there until later than ever.
+
+    They count for nothing while they are. Plain calls stay, and so does what another version of the project may know.
+    """
+    declared = {each.name.encode(): each for each in registry.declared()}
+    overlong = []
+    for id in cast("list[bytes]", connection.zrangebyscore(queues.DELAYED_KEY, latest(), "inf", 0, BATCH)):
+        name, dash, _ = id.partition(b"-")
+        if (known := declared.get(name)) and not (dash and known.takes_calls):
+            overlong.append(id)
+    if overlong:
+        logger.warning(
+            "Dropped %d ids from the delayed set, %.200r among them: nothing of ours waits for more than %s.",
+            len(overlong),
+            overlong[0],
+            queues.LONGEST_WAIT,
+        )
+        connection.zrem(queues.DELAYED_KEY, *overlong)
 
 
 def find_lost_calls(connection: Redis) -> int:
@@ -386,29 +434,41 @@ def _score(wait: timedelta | None) -> float | str:
     return "" if wait is None else clock.timestamp() + wait.total_seconds()
 
 
-class _Hint:
-    """Around a push that its sweep would make up for: a Redis that is away costs one warning, and never the caller.
+class _Push:
+    """Around a push, so that a request which makes a hundred does not wait a hundred times for a Redis that hangs.
 
-    After a time-out it gives up at once for a moment, so that a request which queues a hundred rows does not wait a
-    hundred times for a Redis that hangs.
+    After one that waited and got no answer the next ones are in vain for twice as long as that took, whatever it was
+    waiting for.
     """
 
-    _hanging_until: ClassVar[dict[Any, float]] = {}
+    _hanging_until: ClassVar[dict[Any, tuple[float, str]]] = {}
 
     def __init__(self, name: str, queue: queues.Queue) -> None:
         self.name = name
         self.server = queue.connection
 
     @property
-    def worthwhile(self) -> bool:
-        return time.monotonic() >= self._hanging_until.get(self.server, 0)
+    def vain(self) -> str:
+        """Why there is no sense in trying; empty where there is."""
+        until, why = self._hanging_until.get(self.server, (0, ""))
+        return why if time.monotonic() < until else ""
 
-    def __enter__(self) -> _Hint:
+    def __enter__(self) -> Self:
+        self.began_at = time.monotonic()
         return self
 
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool | None:
+        waited = time.monotonic() - self.began_at
+        if isinstance(error, RedisError) and not isinstance(error, ResponseError) and waited > AT_ONCE:
+            self._hanging_until[self.server] = self.began_at + 3 * waited, str(error) or type(error).__name__
+        return None
+
+
+class _Hint(_Push):
+    """Around a push that its sweep would make up for: a Redis that is away costs one warning, and never the caller."""
+
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        if isinstance(error, (RedisTimeoutError, MasterNotFoundError)):
-            self._hanging_until[self.server] = time.monotonic() + 2 * conf.REDIS_TIMEOUT.total_seconds()
+        super().__exit__(kind, error, traceback)
         if isinstance(error, RedisError):
             logger.warning("%s was not queued, its sweep will do so: Redis did not answer (%s)", self.name, error)
             return True

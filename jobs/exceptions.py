@@ -29,10 +29,13 @@ class NoLongerNeeded(SelfHealError):
 
 
 class QueueUnavailable(SelfHealError):
-    """Redis did not take the job. Raised where nothing else would bring it back: for plain jobs and sweeps."""
+    """Redis did not take the job. Raised where nothing else would bring it back: for plain jobs and sweeps.
+
+    Not at the commit of a transaction, where it would keep others' hooks from being run: there it is logged.
+    """
 
     @classmethod
-    def of(cls, name: str, reason: Exception) -> Self:
+    def of(cls, name: str, reason: object) -> Self:
         return cls(f"{name} was not queued, because Redis did not answer: {reason}")
 
 

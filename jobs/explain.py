@@ -20,7 +20,7 @@ from django.utils.translation import ngettext
 from redis.exceptions import RedisError
 from rq import worker_registration
 
-from jobs import clock, pauses, queues, registry
+from jobs import clock, enqueue, pauses, queues, registry
 from jobs.conf import conf, redacted
 from jobs.job import Job
 from jobs.message import label, pk_text, pk_value, row_id
@@ -235,12 +235,12 @@ def _look_at_row(job: Job, pk: str) -> tuple[bool, bool, str]:
 
 
 def _look_into_redis(job: Job, pk: str) -> Place:
-    queue, id = queues.get(job.queue), row_id(job.name, pk)
+    queue, id, latest = queues.get(job.queue), row_id(job.name, pk), enqueue.latest()
     with queue.connection.pipeline(transaction=False) as pipeline:
         pipeline.lpos(queue.key, id)
         pipeline.llen(queue.key)
         pipeline.zscore(queues.DELAYED_KEY, id)
-        pipeline.zcard(queues.DELAYED_KEY)
+        pipeline.zcount(queues.DELAYED_KEY, "-inf", latest)
         pipeline.smembers(worker_registration.WORKERS_BY_QUEUE_KEY % queue.name)
         position, length, score, delayed, registered = pipeline.execute()
         # Not by rq's own classes: they delete what they do not find.
@@ -248,7 +248,7 @@ def _look_into_redis(job: Job, pk: str) -> Place:
             pipeline.hget(key, "last_heartbeat")
         heartbeats = [heartbeat for heartbeat in pipeline.execute() if heartbeat]
     heard_at = max(filter(None, map(queues.moment, heartbeats)), default=None)
-    due_at = None if score is None else datetime.fromtimestamp(score, UTC)
+    due_at = None if score is None or score > latest else datetime.fromtimestamp(max(score, 0), UTC)
     return Place(position, length, due_at, delayed, len(heartbeats), heard_at)
 
 

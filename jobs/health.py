@@ -270,8 +270,10 @@ def _read_schedules(
     coming = [item.next_run_at for item in items.values() if item.cron and item.next_run_at]
     taken = [each.last_enqueued_at for each in schedules.values() if each.last_enqueued_at]
     overdue = not coming or min(coming) < now - TICKS_MISSED * conf.TICK
+    # What is believed of Redis is only what could be so: it forgets a tick when the next ones have been missed.
+    lately = ticked_at is not None and -LATE < now - ticked_at < TICKS_MISSED * conf.TICK + LATE
     return Ticking(
-        is_alive=ticked_at is not None or not overdue,
+        is_alive=lately or not overdue,
         last_tick_at=ticked_at or max(taken, default=None),
         next_run_at=min(coming, default=None),
     )

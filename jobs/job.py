@@ -207,7 +207,8 @@ class Job(Declared):
         """Queue the work on a row (given itself, or its primary key), or a call with JSON arguments, at commit.
 
         A swept job never raises because Redis is away: its sweep will find the row. A plain job raises
-        `QueueUnavailable` then. Raises `ValueError` for an unsaved row, `TypeError` for arguments that are not JSON.
+        `QueueUnavailable` then; within a transaction, at whose commit that is too late, it logs an error. Raises
+        `ValueError` for an unsaved row, `TypeError` for arguments that are not JSON.
         """
         if self.is_swept:
             enqueue.row(self, self._only(args, kwargs))
@@ -227,9 +228,17 @@ class Job(Declared):
     def enqueue_with_jitter(
         self, *args: Any, max_wait: timedelta, min_wait: timedelta = timedelta(0), **kwargs: Any
     ) -> None:
-        """Queue like `enqueue`, after a random wait from `min_wait` up to `max_wait`, which the scheduler ends."""
+        """Queue like `enqueue`, after a random wait from `min_wait` up to `max_wait`, which the scheduler ends.
+
+        A row waits for a day at most: what is to be done later than that, its sweep has to match later.
+        """
         wait = spread(max_wait, min_wait)
         if self.is_swept:
+            if max_wait > queues.LONGEST_WAIT:
+                raise ValueError(
+                    f"max_wait is {max_wait}, and a row waits in the queue for {queues.LONGEST_WAIT} at most; "
+                    f"have the sweep of {self.name} match it when its time has come."
+                )
             enqueue.row(self, self._only(args, kwargs), wait)
         else:
             enqueue.call(self, args, kwargs, wait)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
+import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from django.conf import settings
@@ -16,6 +18,7 @@ from django_rq.connection_utils import get_redis_connection
 from django_rq.queues import DjangoRQ
 from redis import Redis
 from redis.backoff import NoBackoff
+from redis.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError
 from redis.retry import Retry
@@ -24,7 +27,7 @@ from rq.exceptions import NoSuchJobError
 from rq.utils import parse_timeout
 from rq_scheduler.scheduler import Scheduler as RQScheduler
 
-from jobs import registry
+from jobs import registry, resolver
 from jobs.conf import conf
 from jobs.exceptions import Misconfigured
 from jobs.message import Message
@@ -33,6 +36,9 @@ logger = logging.getLogger("selfheal")
 
 # rq-scheduler's sorted set. Here it holds what waits for its time: spread-out work and retries of plain jobs.
 DELAYED_KEY: str = RQScheduler.scheduled_jobs_key
+# How long a row may wait there. What is to come later than that is not ours, and counts as if it were not there: who
+# can write to Redis could hide a row behind it for ever.
+LONGEST_WAIT = timedelta(days=1)
 # Each plain call that has not ended, with the time from which it is looked for. The list says in which order they come,
 # and forgets one as soon as a worker has taken it.
 CALLS_KEY = "selfheal:calls"
@@ -57,21 +63,21 @@ class Queue(DjangoRQ):
         """Pop the next message of the first queue that has one, and return it with its queue.
 
         Waits up to `timeout` seconds, then raises `DequeueTimeout`; with None it does not wait and returns None when
-        all are empty. Whatever is no message of a declared job is dropped and logged.
+        all are empty. Whatever is no message of a declared job is dropped and logged, and raises `NoSuchJobError`: the
+        next may be another, and who waits for messages has more to do than that.
         """
         by_key = {queue.key: queue for queue in queues}
-        while (popped := cls.lpop(list(by_key), timeout, connection=connection)) is not None:
-            key, raw = (
-                part.decode("utf-8", "backslashreplace") if isinstance(part, bytes) else part for part in popped
-            )
-            try:
-                return Message.fetch(raw, connection=connection), by_key[key]
-            except (NoSuchJobError, ValueError) as refusal:
-                logger.warning("Refused %.200r from queue %s: %.400s", raw, by_key[key].name, refusal)
-                # Another version of the project may know its job; what nobody can read is not looked for again.
-                if registry.get(raw.partition("-")[0]) is not None:
-                    connection.zrem(CALLS_KEY, popped[1])
-        return None
+        if (popped := cls.lpop(list(by_key), timeout, connection=connection)) is None:
+            return None
+        key, raw = (part.decode("utf-8", "backslashreplace") if isinstance(part, bytes) else part for part in popped)
+        try:
+            return Message.fetch(raw, connection=connection), by_key[key]
+        except (NoSuchJobError, ValueError) as refusal:
+            logger.warning("Refused %.200r from queue %s: %.400s", raw, by_key[key].name, refusal)
+            # Another version of the project may know its job; what nobody can read is not looked for again.
+            if registry.get(raw.partition("-")[0]) is not None:
+                connection.zrem(CALLS_KEY, popped[1])
+            raise NoSuchJobError(str(refusal)) from refusal
 
 
 def names() -> list[str]:
@@ -170,16 +176,25 @@ def _connect(config: _Config, timeout: float) -> Redis:
 def configure(connection: Redis, timeout: float) -> None:
     """Make a connection that was not used yet give up after `timeout` seconds, without trying again.
 
-    Each sentinel that it asks for its primary is given up after `REDIS_TIMEOUT`.
+    A server is reached within `REDIS_TIMEOUT`, or not at all. The sentinels that are asked for the primary share that,
+    or `timeout` if it is longer: all of them may hang.
     """
     pool, longest = connection.connection_pool, conf.REDIS_TIMEOUT.total_seconds()
     pool.connection_kwargs.update(socket_timeout=timeout, socket_connect_timeout=min(timeout, longest))
     pool.connection_kwargs["decode_responses"] = False
-    if not issubclass(pool.connection_class, _LeavesReplicas):
-        pool.connection_class = type("Connection", (_LeavesReplicas, pool.connection_class), {})
+    pool.connection_class = _in_time(pool.connection_class)
     connection.set_retry(Retry(NoBackoff(), 0))
-    for sentinel in getattr(getattr(pool, "sentinel_manager", None), "sentinels", ()):
-        configure(sentinel, longest)
+    sentinels = getattr(getattr(pool, "sentinel_manager", None), "sentinels", ())
+    for sentinel in sentinels:
+        configure(sentinel, min(timeout / len(sentinels), longest))
+
+
+def _in_time(kind: type) -> type:
+    """Return the class of connections with ours around it: what TLS or a sentinel adds is between the two."""
+    if issubclass(kind, _LeavesReplicas):
+        return kind
+    inner = (_Reaches,) if kind is Connection else (kind, _Reaches) if issubclass(kind, Connection) else (kind,)
+    return type("Connection", (_LeavesReplicas, *inner), {})
 
 
 class _LeavesReplicas:
@@ -194,3 +209,36 @@ class _LeavesReplicas:
         except ReadOnlyError as error:
             self.disconnect()  # type: ignore[attr-defined]
             raise RedisConnectionError(f"It is a replica by now: {error}") from error
+
+
+class _Reaches(Connection):
+    """A connection over TCP. All its addresses share the time that it may take to reach one of them, the name included.
+
+    redis-py waits that long for each address, and for the name as long as the resolver likes.
+    """
+
+    def _connect(self) -> socket.socket:
+        seconds = self.socket_connect_timeout
+        assert seconds is not None
+        give_up_at = time.monotonic() + seconds
+        found = resolver.addresses(self.host, self.port, self.socket_type, seconds / 2)
+        trouble: OSError = OSError(f"{self.host} has no address")
+        for place, (family, kind, protocol, _, address) in enumerate(found):
+            reached = None
+            try:
+                reached = socket.socket(family, kind, protocol)
+                reached.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self.socket_keepalive:
+                    reached.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for option, value in self.socket_keepalive_options.items():
+                        reached.setsockopt(socket.IPPROTO_TCP, option, value)
+                # One that hangs leaves as much for each of the others.
+                reached.settimeout(max(0.001, (give_up_at - time.monotonic()) / (len(found) - place)))
+                reached.connect(address)
+                reached.settimeout(self.socket_timeout)
+                return reached
+            except OSError as error:
+                trouble = error
+                if reached is not None:
+                    reached.close()
+        raise trouble

@@ -42,9 +42,11 @@ TICKED_KEY = "selfheal:ticked"
 # For how many TICKs a scheduler that has just ticked is believed to be at it.
 TICKS_MISSED = 3
 
-# Whoever finds nobody at it is at it from now on, and the only one for a while.
+# Whoever finds nobody at it is at it from now on, and the only one for a while. Nobody who ticks says so for more than
+# `most`: what says it for ever would keep everybody from it.
 STAND_IN = """
-if redis.call('PTTL', KEYS[1]) >= 0 then return 0 end
+local most, left = tonumber(ARGV[3]), redis.call('PTTL', KEYS[1])
+if left >= 0 and left <= most then return 0 end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[1])
 return 1
 """
@@ -96,6 +98,7 @@ def tick() -> list[str]:
             with errors.kept():
                 queues.repair(connection)
                 enqueue.move_due(connection)
+                enqueue.drop_overlong(connection)
                 enqueue.find_lost_calls(connection)
     with errors.kept():
         _take_due(errors)
@@ -109,7 +112,8 @@ def tick() -> list[str]:
 
 def stands_in(connection: Redis) -> bool:
     """Whether a worker is to tick now, since no scheduler runs, or it hangs. True for one of those who ask."""
-    return bool(enqueue.run_script(connection, STAND_IN, [TICKED_KEY], [_milliseconds(conf.TICK), clock.timestamp()]))
+    arguments = [_milliseconds(conf.TICK), clock.timestamp(), _milliseconds(conf.TICK * TICKS_MISSED)]
+    return bool(enqueue.run_script(connection, STAND_IN, [TICKED_KEY], arguments))
 
 
 def _milliseconds(duration: timedelta) -> int:

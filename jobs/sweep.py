@@ -207,6 +207,8 @@ class Sweep(Declared):
                 yield "E004", f"{option} is {value!r}; pass a number from 1."
         if self.jitter is not None and not _is_duration(self.jitter):
             yield "E004", f"jitter is {self.jitter!r}; pass a timedelta longer than zero."
+        elif self.jitter is not None and self.jitter > queues.LONGEST_WAIT:
+            yield "E004", f"jitter is {self.jitter}; {queues.LONGEST_WAIT} is the most."
         try:
             yield from _problems_of(self.queryset().model)
         except Misconfigured as error:

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from django.db import DatabaseError, connections, transaction
+from rq.exceptions import NoSuchJobError
 
 from jobs import clock, queues, scheduler
 from jobs import perform as performing
@@ -79,7 +80,10 @@ def _drain() -> Counter[Outcome]:
     outcomes: Counter[Outcome] = Counter()
     remaining = [queues.get(name) for name in queues.names()]
     while remaining:
-        popped = queues.Queue.dequeue_any(remaining[:1], None, connection=remaining[0].connection)
+        try:
+            popped = queues.Queue.dequeue_any(remaining[:1], None, connection=remaining[0].connection)
+        except NoSuchJobError:
+            continue
         if popped is None:
             remaining.pop(0)
             continue

@@ -24,9 +24,8 @@ from typing import Any
 from django.utils.module_loading import import_string
 from redis.exceptions import RedisError
 from rq import worker_registration
-from rq.exceptions import DequeueTimeout
+from rq.exceptions import DequeueTimeout, NoSuchJobError
 from rq.serializers import DefaultSerializer, JSONSerializer
-from rq.suspension import is_suspended
 from rq.timeouts import JobTimeoutException
 from rq.utils import now
 from rq.worker import Worker as RQWorker
@@ -40,7 +39,7 @@ from jobs.message import Message
 
 logger = logging.getLogger("selfheal")
 
-# How long it waits for a message before it looks up: whether to stop, to heartbeat, to read the switches of rq.
+# How long it waits for a message before it looks up: whether to stop, to tick, to be heard of.
 DEQUEUE_SECONDS = 2
 # How long Redis may leave a command unanswered before the worker gives up on that connection.
 SOCKET_SECONDS = DEQUEUE_SECONDS + 8
@@ -131,6 +130,10 @@ class Worker(RQWorker):
         self.birth_date = now()
         self.log.info("Worker %s started with PID %d, on %s", self.name, os.getpid(), ", ".join(self.queue_names()))
         performed, idle_since, retry_after = 0, time.monotonic(), 0.5
+
+        def has_idled() -> bool:
+            return max_idle_time is not None and time.monotonic() - idle_since >= max_idle_time
+
         while not self._stop_requested and (max_jobs is None or performed < max_jobs):
             try:
                 if not burst:
@@ -141,7 +144,11 @@ class Worker(RQWorker):
                     self.execute_job(*message)
                     performed += 1
                     idle_since = time.monotonic()
-                elif burst or (max_idle_time is not None and time.monotonic() - idle_since >= max_idle_time):
+                elif burst or has_idled():
+                    break
+            except NoSuchJobError:
+                # Refused and dropped. Whoever pushes such things again and again must not have all of its attention.
+                if has_idled():
                     break
             except RedisError as error:
                 self.log.warning("Worker %s: Redis does not answer (%s), trying again", self.name, error)
@@ -157,11 +164,12 @@ class Worker(RQWorker):
         return performed > 0
 
     def _next_message(self, burst: bool) -> tuple[Message, Any] | None:
-        """Return the next message with its queue, or None when there was none for a while."""
+        """Return the next message with its queue, or None when there was none for a while.
+
+        Raises `NoSuchJobError` for what is none. What `rq suspend` writes into Redis is not read: whoever can write
+        there would stop every worker, and nobody would be told. Pauses are in the database.
+        """
         self._announce(WorkerStatus.IDLE)
-        if is_suspended(self.connection, self):
-            self._pause(1.0)
-            return None
         popped: tuple[Message, Any] | None = None
         with contextlib.suppress(DequeueTimeout):
             popped = queues.Queue.dequeue_any(

@@ -1,18 +1,22 @@
 """Redis refuses or hangs: who waits, for how long, who is told, and what is left behind."""
 
 import logging
+import os
 import socket
+import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.db import transaction
+from django.urls import reverse
 
 from config.servers import RedisServer
 from jobs import QueueUnavailable, enqueue, queues
+from jobs import resolver as names
 from jobs.conf import conf
 from jobs.models import Schedule
 from jobs.testing import perform, tick
@@ -65,10 +69,38 @@ def test_a_plain_call_is_refused_within_a_second(enqueue):
 
 
 @pytest.mark.usefixtures("away")
-def test_a_plain_call_in_a_transaction_is_refused_after_the_row_is_saved():
-    with within(1), pytest.raises(QueueUnavailable), transaction.atomic():
-        touch_file.enqueue_many(Task.objects.create(name="saved").pk for _ in range(1))
+@pytest.mark.parametrize("enqueue", PLAIN.values(), ids=PLAIN.keys())
+def test_a_plain_call_in_a_transaction_is_lost_and_nobody_else_is(enqueue, warnings):
+    """Who committed is not told, nor are those who wait for the commit too: all is well with them."""
+    sent: list[str] = []
+    with within(1):
+        with transaction.atomic():
+            Task.objects.create(name="saved")
+            for _ in range(20):
+                enqueue()
+            transaction.on_commit(lambda: sent.append("the receipt"))
+        assert sent == ["the receipt"]
     assert Task.objects.filter(name="saved").exists()
+    assert len(warnings()) == 20
+    for warning in warnings():
+        assert "After the commit of its transaction: touch_file was not queued, because Redis did not ans" in warning
+
+
+@pytest.mark.parametrize("enqueue", [*SWEPT.values(), lambda task: touch_file.enqueue("/tmp/x")])
+def test_nor_is_anybody_else_lost_with_what_fails_in_another_way(enqueue, task, monkeypatch, warnings):
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("a bug")
+
+    for name in ("push_id", "push_ids", "run_script"):
+        monkeypatch.setattr(f"jobs.enqueue.{name}", fail)
+    sent: list[str] = []
+    with transaction.atomic():
+        enqueue(task)
+        transaction.on_commit(lambda: sent.append("the receipt"))
+    assert sent == ["the receipt"]
+    assert warnings() == ["After the commit of its transaction: a bug"]
+    with pytest.raises(RuntimeError):
+        enqueue(task)
 
 
 @pytest.mark.parametrize("has_connected", [True, False])
@@ -135,30 +167,200 @@ def test_after_a_failover_nobody_stays_with_the_old_primary(redis_server: RedisS
     try:
         do_task.enqueue(tasks[1])
         assert connection.client_id() != before
+        enqueue._Hint._hanging_until.clear()
         with pytest.raises(QueueUnavailable, match="It is a replica by now"):
             touch_file.enqueue("/tmp/x")
     finally:
         redis.replicaof("no", "one")
+    enqueue._Hint._hanging_until.clear()
     do_task.enqueue(tasks[1])
     assert len(queued()) == 2
 
 
 @pytest.mark.parametrize("how", ["hang", "refuse"])
 def test_sentinels_that_do_not_answer_are_given_up_too(how, settings, warnings):
-    with closing(socket.socket()) as first, closing(socket.socket()) as second:
-        for each in (first, second):
+    with ExitStack() as open_sockets:
+        sentinels = []
+        for _ in range(40):
+            each = open_sockets.enter_context(closing(socket.socket()))
             each.bind(("127.0.0.1", 0))
             if how == "hang":
                 each.listen()
-        sentinels = [each.getsockname() for each in (first, second)]
+            sentinels.append(each.getsockname())
         config = {"SENTINELS": sentinels, "MASTER_NAME": "shop", "DB": 0, "SOCKET_TIMEOUT": 0.5}
         settings.RQ_QUEUES = {**settings.RQ_QUEUES, "default": config}
         with within(1):
             do_task.enqueue(Task.objects.create())
         with within(0.3):
             do_task.enqueue(Task.objects.create())
-    assert len(warnings()) == 1
+    assert len(warnings()) == 1 or how == "refuse"
     enqueue._Hint._hanging_until.clear()
+
+
+# --- The way there ----------------------------------------------------------------------------------------------------
+
+HOST = "redis.shop.example"
+
+
+class Resolver:
+    """What the name server says of HOST, once it is `open`; until then it hangs."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.asked = 0
+        self.addresses: list[str] = []
+
+    def answer(self, host: str, port: int, *args: Any) -> list[Any]:
+        if host != HOST:
+            return ask_the_real_one(host, port, *args)
+        self.asked += 1
+        self.open.wait(5)
+        if not self.addresses:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in self.addresses]
+
+    def wait_until_idle(self) -> None:
+        for thread in threading.enumerate():
+            if thread.name == "selfheal-resolver":
+                thread.join(10)
+
+
+ask_the_real_one = socket.getaddrinfo
+
+
+@pytest.fixture
+def resolver(monkeypatch, settings, redis_server: RedisServer) -> Iterator[Resolver]:
+    """Every queue is on HOST, with the settings as they are by default, and nobody has connected yet."""
+    resolver = Resolver()
+    monkeypatch.setattr("socket.getaddrinfo", resolver.answer)
+    settings.RQ_QUEUES = {
+        name: {**queue, "URL": f"redis://{HOST}:{redis_server.port}/0"} for name, queue in settings.RQ_QUEUES.items()
+    }
+    del settings.JOBS
+    queues._connect.cache_clear()
+    enqueue._Hint._hanging_until.clear()
+    yield resolver
+    resolver.open.set()
+    resolver.wait_until_idle()
+    enqueue._Hint._hanging_until.clear()
+    names._said.clear()
+
+
+@contextmanager
+def full(address: str, port: int) -> Iterator[None]:
+    """A server that is too busy to accept anybody: its connections hang."""
+    with ExitStack() as sockets:
+        server = sockets.enter_context(closing(socket.socket()))
+        server.bind((address, port))
+        server.listen(0)
+        for _ in range(4):
+            other = sockets.enter_context(closing(socket.socket()))
+            other.setblocking(False)
+            other.connect_ex((address, port))
+        yield
+
+
+@pytest.mark.parametrize("enqueue", SWEPT.values(), ids=SWEPT.keys())
+def test_a_name_server_that_hangs_is_waited_for_once(enqueue, resolver, warnings):
+    with within(1), transaction.atomic():
+        enqueue(Task.objects.create())
+    assert len(warnings()) == 1
+    with within(1):
+        for _ in range(50):
+            enqueue(Task.objects.create())
+    assert Task.objects.count() == 51
+    # Nor does each leave a thread behind that waits for it.
+    assert resolver.asked == 1
+
+
+def test_a_plain_call_waits_for_it_once_too(resolver):
+    with within(1):
+        for _ in range(50):
+            with pytest.raises(QueueUnavailable, match="touch_file was not queued, because Redis did not answer: "):
+                touch_file.enqueue("/tmp/x")
+
+
+def test_a_name_server_that_is_slow_is_good_enough_for_the_next(resolver, task, queued):
+    do_task.enqueue(task)
+    assert queued() == []
+    resolver.addresses = ["127.0.0.1"]
+    resolver.open.set()
+    resolver.wait_until_idle()
+    # It is as slow as before.
+    resolver.open.clear()
+    enqueue._Hint._hanging_until.clear()
+    with within(1):
+        do_task.enqueue(task)
+    assert queued() == [f"do_task-{task.pk}"]
+
+
+@pytest.mark.parametrize("how", ["hangs", "refuses"])
+def test_what_it_said_before_holds_while_it_does_not_answer(how, resolver, task, queued):
+    resolver.addresses = ["127.0.0.1"]
+    resolver.open.set()
+    do_task.enqueue(Task.objects.create())
+    resolver.addresses = []
+    if how == "hangs":
+        resolver.open.clear()
+    # A worker's child too, which has connected to nothing.
+    queues.get("default").connection.connection_pool.disconnect()
+    with within(1):
+        do_task.enqueue(task)
+    assert f"do_task-{task.pk}" in queued()
+
+
+def test_it_is_asked_again_after_a_fork(resolver):
+    """Those who ask in the parent are not in its child."""
+    with pytest.raises(TimeoutError):
+        names.addresses(HOST, 1, 0, 0.05)
+    resolver.addresses = ["127.0.0.1"]
+    if not (pid := os.fork()):
+        resolver.open = threading.Event()
+        resolver.open.set()
+        os._exit(len(names.addresses(HOST, 1, 0, 5)))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+@pytest.mark.parametrize("kind", ["redis", "rediss"])
+def test_all_addresses_of_a_name_are_given_up_together(kind, resolver, redis_server: RedisServer, settings, warnings):
+    settings.RQ_QUEUES["default"] = {"URL": f"{kind}://{HOST}:{redis_server.port}/0"}
+    resolver.addresses = [f"127.0.0.{n}" for n in range(2, 14)]
+    resolver.open.set()
+    with ExitStack() as servers:
+        for address in resolver.addresses:
+            servers.enter_context(full(address, redis_server.port))
+        with within(1):
+            do_task.enqueue(Task.objects.create())
+        with within(0.2):
+            do_task.enqueue(Task.objects.create())
+    assert len(warnings()) == 1
+
+
+def test_one_address_that_hangs_does_not_keep_anybody_from_the_next(resolver, redis_server, task, queued):
+    resolver.addresses = ["127.0.0.2", "127.0.0.1"]
+    resolver.open.set()
+    with full("127.0.0.2", redis_server.port), within(1):
+        do_task.enqueue(task)
+    assert queued() == [f"do_task-{task.pk}"]
+
+
+def test_one_that_does_not_greet_is_given_up_over_tls_too(resolver, redis_server: RedisServer, settings, warnings):
+    settings.RQ_QUEUES["default"] = {"URL": f"rediss://{HOST}:{redis_server.port}/0"}
+    resolver.addresses = ["127.0.0.1"]
+    resolver.open.set()
+    redis_server.freeze()
+    try:
+        with within(1):
+            do_task.enqueue(Task.objects.create())
+    finally:
+        redis_server.thaw()
+    assert len(warnings()) == 1
+
+
+def test_pages_and_probes_do_not_wait_for_a_name_server(resolver, admin_client):
+    for page in (reverse("admin:app_list", args=["selfheal"]), "/readyz"):
+        with within(1):
+            admin_client.get(page)
 
 
 def test_the_sweep_brings_what_was_not_queued(refusing_redis, redis_server: RedisServer, queued):

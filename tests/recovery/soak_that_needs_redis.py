@@ -13,6 +13,9 @@ class NeedsRedis(AppConfig):
     label = "needs_redis"
 
     def ready(self) -> None:
+        from django.db import transaction
+
         from jobs import enqueue
 
         enqueue._Hint.__exit__ = lambda *args: False  # type: ignore[method-assign]
+        enqueue._on_commit = transaction.on_commit

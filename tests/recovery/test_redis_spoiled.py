@@ -3,16 +3,20 @@
 import json
 import os
 import pickle
+import signal
+import threading
+import time
 import zlib
 from pathlib import Path
 
 import pytest
 from rq import Worker
+from rq.suspension import suspend
 
-from jobs.models import Run
+from jobs.models import Run, Schedule
 from tests.cast.jobs import do_task, touch_file
 from tests.cast.models import Task
-from tests.recovery.conftest import Stack
+from tests.recovery.conftest import SOON, Stack
 
 # About Redis.
 pytestmark = pytest.mark.any_database
@@ -175,3 +179,48 @@ def test_a_key_of_the_wrong_type(stack: Stack, key: str) -> None:
     # And the page that lists the workers finds them again.
     stack.wait_for(lambda: [each.pid for each in Worker.all(connection=stack.client)] == [stack.pid()], "registered")
     assert stack.client.type(key) != b"hash"
+
+
+def test_rubbish_that_never_ends_keeps_no_worker(stack: Stack) -> None:
+    """Each comes before the worker has waited in vain. It stands in for a scheduler all the same, and obeys."""
+    enough = threading.Event()
+
+    def push() -> None:
+        while not enough.wait(0.5):
+            stack.client.rpush("rq:queue:default", "rubbish")
+
+    pushing = threading.Thread(target=push)
+    pushing.start()
+    try:
+        stack.worker(ticks=True)
+        go_on(stack)
+        pid = stack.pid()
+        os.kill(pid, signal.SIGTERM)
+        stack.wait_until_gone(pid, SOON)
+    finally:
+        enough.set()
+        pushing.join()
+
+
+def test_a_worker_does_not_know_rqs_switch(stack: Stack) -> None:
+    """Whoever can write to Redis could turn it, and neither a page nor a probe would say so."""
+    suspend(stack.client)
+    stack.scheduler()
+    stack.worker()
+    go_on(stack)
+
+
+def test_what_hides_rows_and_ticks(stack: Stack) -> None:
+    """Everything is said to be on its way next year, or to be done by somebody else."""
+    next_year = time.time() + 365 * 86_400
+    hidden = Task.objects.create()
+    ids = [f"do_task-{pk}" for pk in range(hidden.pk, hidden.pk + 1000)]
+    schedules = Schedule.objects.values_list("name", flat=True)
+    stack.client.zadd("rq:scheduler:scheduled_jobs", dict.fromkeys([*ids, *schedules, "schedule_tasks"], next_year))
+    stack.client.set("selfheal:ticked", next_year)
+    stack.client.expireat("selfheal:ticked", int(next_year))
+    stack.worker(ticks=True)
+    stack.wait_until_done(hidden)
+    go_on(stack)
+    stack.wait_for(lambda: not stack.delayed(), "the delayed set empty")
+    assert "Dropped 1000 ids from the delayed set" in stack.log("worker")

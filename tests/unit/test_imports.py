@@ -30,6 +30,7 @@ LAYERS = [
         "message",
         "queues",
         "registry",
+        "resolver",
         "switches",
     },
     {"models"},

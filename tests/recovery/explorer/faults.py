@@ -9,8 +9,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from jobs import queues
 from tests.recovery.explorer import processes
 
 if TYPE_CHECKING:
@@ -189,6 +191,18 @@ def reorder(world: World, actor: Actor, which: int) -> None:
     if world.seams.redis.llen(LIST) > 1:
         world.count("deliveries reordered")
         world.seams.redis.lmove(LIST, LIST, "LEFT", "RIGHT")
+
+
+@fault(2, index, one_of("make", "remove", "make", "remove", "find_pending", "find_deleting"))
+def hide(world: World, actor: Actor, which: int, name: str) -> None:
+    """A stranger writes that a row or a schedule waits until next year."""
+    pk = None if name.startswith("find") else _pk(world, actor, which)
+    if pk is None and not name.startswith("find"):
+        return
+    world.count("hidden until next year")
+    world.doubled += 1
+    next_year = (world.now + timedelta(days=365)).timestamp()
+    world.seams.redis.zadd(queues.DELAYED_KEY, {f"{name}-{pk}" if pk else name: next_year})
 
 
 @fault(2, index, seconds(1, 300))
