@@ -342,6 +342,8 @@ class Worker(RQWorker):
                 claims.interrupt(attempt, pid, evidence)
             else:
                 claims.record_death(attempt, pid, evidence)
+            if attempt is not None and not is_away:
+                enqueue.next_in_line(attempt.model, attempt.pk)
         except Exception:
             # Its lease will run out, and whoever takes the row next counts the crash.
             self.log.exception("Worker %s: the death of %s could not be written down", self.name, message.id)

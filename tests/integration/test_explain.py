@@ -76,7 +76,7 @@ CAUSES: dict[str, tuple[Any, str, str, str, str]] = {
     "at work": (taken, "It is being worked on.", "fine", "", "w1@"),
     "another job at work": (
         lambda task: taken(task, delete_task),
-        "Another job, delete_task, is at work",
+        "It waits for delete_task, which holds the row.",
         "waiting",
         "",
         "works on it for delete_task",
@@ -205,7 +205,7 @@ def test_who_is_at_work_is_said_whatever_else_is_wrong(task, first):
 def test_a_deletion_that_waits_for_a_creation_says_so(task):
     taken(task)
     Task.objects.update(state="deleting")
-    assert "Another job, do_task" in explain.explain(delete_task, task).verdict.sentence
+    assert "It waits for do_task" in explain.explain(delete_task, task).verdict.sentence
 
 
 def test_the_timeline_is_of_this_row_and_job_newest_first(task):

@@ -2,8 +2,10 @@
 
 import itertools
 import time
+from datetime import timedelta
 
 from django.db import transaction
+from django.utils import timezone
 
 from jobs.models import Claim, Run
 from tests.cast.jobs import delete_task
@@ -116,7 +118,11 @@ def test_quarantined_and_mended_by_hand(stack: Stack) -> None:
     stack.worker()
     stack.wait_for(lambda: Claim.objects.filter(quarantined_at__isnull=False).count() == 2, "both quarantined")
     Task.objects.filter(pk=mended.pk).update(state="done")
-    # Its next sweep settles it, and nobody has to release it.
+    # Nobody has to release it: when its sweep has not matched it for a day, that settles it.
+    unmatched = Claim.objects.filter(object_pk=str(mended.pk), unmatched_since__isnull=False)
+    stack.wait_for(unmatched.all().exists, "seen not to match")
+    stack.wait_for_sweeps(1)
+    assert unmatched.update(unmatched_since=timezone.now() - timedelta(days=1)) == 1
     stack.wait_until_done(mended)
     assert stack.runs(mended) == ["crashed"] * 3 + ["resolved"]
     # Where the cause was mended and the row still needs work, it takes a release.
