@@ -422,7 +422,8 @@ def _step_of_claim(facts: Facts) -> Step:
         return Step(title, _("Nobody works on it, and nothing went wrong before."))
     before = _said_of_attempts(claim)
     if claim.quarantined_at:
-        return Step(title, _("Quarantined since %s.") % said_of_time(claim.quarantined_at, now) + before, "problem")
+        state: State = "problem" if facts.is_needed else "waiting"
+        return Step(title, _("Quarantined since %s.") % said_of_time(claim.quarantined_at, now) + before, state)
     if claim.next_attempt_at and claim.next_attempt_at > now:
         return Step(title, _("Backing off until %s.") % said_of_time(claim.next_attempt_at, now) + before, "waiting")
     return Step(title, _("It may be attempted now.") + before)

@@ -8,9 +8,9 @@ from django.db import transaction
 from django.utils import timezone
 
 from jobs.models import Claim, Run
-from tests.cast.jobs import delete_task
+from tests.cast.jobs import delete_task, do_task
 from tests.cast.models import Task
-from tests.recovery.conftest import Stack
+from tests.recovery.conftest import PATIENCE, Stack
 
 
 def test_deleted_while_its_job_works(stack: Stack) -> None:
@@ -92,6 +92,37 @@ def test_wanted_by_another_job_while_its_job_works(stack: Stack) -> None:
     assert stack.writes(task) == 0
     assert stack.runs(task, "do_task") == []
     assert stack.runs(task, "delete_task") == ["done"]
+
+
+def test_deleted_by_a_user_during_a_long_creation(stack: Stack) -> None:
+    """The deletion begins as soon as the creation has ended: no sweep, and no tick, has to find it again."""
+    task = Task.objects.create(seconds=2)
+    for name in ("one", "two"):
+        stack.worker(name)
+    do_task.enqueue(task)
+    stack.child_at_work(task)
+    Task.objects.filter(pk=task.pk).update(state="deleting", seconds=0)
+    delete_task.enqueue(task)
+    stack.wait_until_done(task, state="deleted")
+    first, second = stack.intervals(task)
+    assert (first.job, second.job) == ("do_task", "delete_task")
+    assert second.start - first.start < task.seconds + 1.5
+    assert stack.queued() == []
+
+
+def test_deleted_by_a_user_while_the_process_of_the_creation_dies(stack: Stack) -> None:
+    """Its worker sees that, and queues the deletion."""
+    task = Task.objects.create(seconds=PATIENCE)
+    for name in ("one", "two"):
+        stack.worker(name)
+    do_task.enqueue(task)
+    child = stack.child_at_work(task)
+    Task.objects.filter(pk=task.pk).update(state="deleting", seconds=0)
+    delete_task.enqueue(task)
+    stack.wait_for(lambda: Claim.objects.in_line().filter(job="delete_task").exists(), "a place in line")
+    stack.kill(child.pid)
+    stack.wait_for(lambda: stack.state(task) == "deleted", "the deletion")
+    assert stack.runs(task) == ["crashed"]
 
 
 def test_wanted_by_two_jobs_in_turn(stack: Stack) -> None:
