@@ -325,8 +325,10 @@ class ReadOnlyAdmin(ReadOnly, TimesAdmin):
 STATES = {
     "leased": _("leased"),
     "due": _("may be attempted now"),
+    "in_line": _("waits for the job that holds the row"),
     "waiting": _("backing off"),
     "quarantined": _("quarantined"),
+    "left_behind": _("no job works it off any more"),
 }
 
 
@@ -372,11 +374,14 @@ class ClaimAdmin(ExplainedAdmin, SteeringAdmin, ReadOnlyAdmin):
             When(quarantined_at__isnull=False, then=Value("quarantined")),
             When(is_leased, then=Value("leased")),
             When(next_attempt_at__gt=now, then=Value("waiting")),
+            When(Claim.objects.all().row_is_leased(), then=Value("in_line")),
         )
         return super().get_queryset(request).annotate(state=Case(*states, default=Value("due")))
 
     @admin.display(description=_("state"))
     def state(self, claim: Any) -> Any:
+        if claim.is_left_behind:
+            return STATES["left_behind"]
         return (
             _("leased, its worker stops") if claim.state == "leased" and claim.stopping_since else STATES[claim.state]
         )
@@ -414,15 +419,24 @@ class ClaimAdmin(ExplainedAdmin, SteeringAdmin, ReadOnlyAdmin):
             operations.push(changed)
         if changed:
             log(request, changed, str(STEERING[action][1]))
-        self._say(request, action, len(changed), len(pks) - len(changed))
+        removed = sum(claim.is_left_behind for claim in changed) if action != Operation.Action.QUARANTINE else 0
+        self._say(request, action, len(changed) - removed, removed, len(pks) - len(changed))
         return None
 
-    def _say(self, request: HttpRequest, action: str, changed: int, left: int) -> None:
+    def _say(self, request: HttpRequest, action: str, changed: int, removed: int, left: int) -> None:
         if action == Operation.Action.QUARANTINE:
             text = ngettext("%d row is quarantined.", "%d rows are quarantined.", changed)
         else:
             text = ngettext("%d row may be attempted again now.", "%d rows may be attempted again now.", changed)
-        self.message_user(request, text % changed, messages.SUCCESS if changed else messages.WARNING)
+        if changed or not removed:
+            self.message_user(request, text % changed, messages.SUCCESS if changed else messages.WARNING)
+        if removed:
+            text = ngettext(
+                "%d claim is removed: no job works it off any more.",
+                "%d claims are removed: no job works them off any more.",
+                removed,
+            )
+            self.message_user(request, text % removed, messages.SUCCESS)
         if not left:
             return
         if action == Operation.Action.RELEASE:

@@ -49,6 +49,11 @@ Refusal = Literal["busy", "waiting", "quarantined"]
 # Deaths that the worker saw are certain; a lease that ran out may also mean that the database was away.
 SEEN_DEATHS = 3
 UNSEEN_DEATHS = 10
+# How long a quarantined row must not have matched its sweep until that is taken for its end.
+UNMATCHED_FOR = timedelta(days=1)
+
+# What the run of a success says whose row still matches its sweep.
+STILL_NEEDED = "It succeeded, and its row still needs this work."
 
 # What a claim looks like that nobody holds.
 UNHELD: dict[str, Any] = {
@@ -133,6 +138,7 @@ _locked_on: ContextVar[Any] = ContextVar("selfheal_locked_on", default=None)
 def take(attempt: Attempt) -> Claim | Refusal:
     """Take the lease on the row, or say why not: somebody has it, the job is backing off, or it is quarantined.
 
+    Whoever finds that another job has the row leaves a claim, which is a place in line: see `enqueue.next_in_line`.
     Taking over a lease that has expired counts a crash. A lost race never breaks a transaction around it.
     """
     attempt.taken_at = time.monotonic()
@@ -153,10 +159,10 @@ def take(attempt: Attempt) -> Claim | Refusal:
     mine = _claims().filter(**identity)
     known = mine.first()
     if known is None:
-        # Another job had the lease; if it is gone by now, ours is a fresh claim after all.
-        if claim := _insert(**identity, **lease):
-            return _begin(attempt, claim)
-    elif known.crashes >= UNSEEN_DEATHS and attempt.declared.quarantines and not known.quarantined_at:
+        # Another job has the lease. First a place in line, then another try: if that is refused too, the row is freed
+        # later, and whoever frees it looks for such places afterwards.
+        _insert(**identity)
+    if known and known.crashes >= UNSEEN_DEATHS and attempt.declared.quarantines and not known.quarantined_at:
         mine.filter(quarantined_at__isnull=True, lease_key__isnull=True).update(quarantined_at=clock.now())
         _alarm(attempt, known.last_error or "its process died again and again")
     else:
@@ -231,24 +237,30 @@ def _alarm(attempt: Attempt, error: str) -> None:
 # --- Ending -----------------------------------------------------------------------------------------------------------
 
 
-def settle(attempt: Attempt, kept: dict[str, Any]) -> None:
+def settle(attempt: Attempt, kept: dict[str, Any], still_needed: bool = False) -> None:
     """End an attempt that succeeded: the claim is gone, the run is written. Raises `LeaseLost` when it was not ours.
 
-    `kept` is what the schedule keeps of a run of its own.
+    `kept` is what the schedule keeps of a run of its own. A row that is `still_needed` is for its next sweep to queue,
+    and the run says so.
     """
     with transaction.atomic(_database()):
         _end(attempt)
         attempt.declared.finish("done", kept)
         if attempt.declared.keeps_history:
-            _record(attempt, "done")
+            _record(attempt, "done", error=STILL_NEEDED if still_needed else "")
 
 
 def drop(attempt: Attempt, claim: Claim) -> None:
     """End an attempt at a row that needs nothing any more. No history, unless earlier attempts left some."""
     with transaction.atomic(_database()):
         _end(attempt)
-        if claim.attempts or claim.crashes:
+        if _has_history(claim):
             _record(attempt, "resolved", error=claim.last_error)
+
+
+def _has_history(claim: Claim) -> bool:
+    """Whether anything happened to it yet. A place in line that is not needed any more is nobody's history."""
+    return bool(claim.attempts or claim.crashes or claim.quarantined_at)
 
 
 def fail(attempt: Attempt, error: str, traceback: str = "", needed: bool = True) -> None:
@@ -343,28 +355,50 @@ def record_loss(attempt: Attempt, reason: str) -> None:
 def resolve(job: str, rows: QuerySet[Any]) -> int:
     """Settle the job's claims that nobody works on and whose row its sweep does not match any more. Returns how many.
 
-    Quarantined ones too: a row that was mended by hand needs no release.
+    A quarantined one only when its row is gone, or has not matched for `UNMATCHED_FOR`: what a sweep asks of other rows
+    may be otherwise for a while, which mends nothing. A row that was mended by hand needs no release all the same.
     """
     unleased = _claims().unleased().filter(job=job, model=label(rows.model)).order_by("pk")
     resolved, last = 0, 0
     # A composite primary key is a term of the statement for each row, of which a database takes only so many.
     size = 200 if isinstance(rows.model._meta.pk, CompositePrimaryKey) else 1000
     # Most of them are needed. What they say of their last error may be long.
-    while batch := list(unleased.filter(pk__gt=last).only("object_pk", "token")[:size]):
+    read = ("object_pk", "token", "quarantined_at", "unmatched_since")
+    while batch := list(unleased.filter(pk__gt=last).only(*read)[:size]):
         last = batch[-1].pk
         needed = _needed(rows, batch)
+        needed |= _still_quarantined(rows, batch, needed)
         tokens = {claim.pk: claim.token for claim in batch if claim.object_pk not in needed}
         for claim in unleased.filter(pk__in=tokens) if tokens else ():
             with transaction.atomic(_database()):
                 if delete(_claims().unleased().filter(pk=claim.pk, token=tokens[claim.pk])):
-                    _record_of(claim, "resolved", claim.last_error)
+                    # One with a token had a process, which is gone.
+                    if claim.token or _has_history(claim):
+                        _record_of(claim, "resolved", claim.last_error)
                     resolved += 1
     return resolved
 
 
-def forget(declared: list[str], before: Any) -> None:
-    """Delete claims that nobody works on, first made before the given time, of jobs that are not declared any more."""
-    delete(_claims().unleased().exclude(job__in=declared).filter(first_claimed_at__lt=before))
+def _still_quarantined(rows: QuerySet[Any], claims: list[Claim], needed: set[str]) -> set[str]:
+    """Return the primary keys of rows that stay in quarantine though they do not match; note since when they do not."""
+    quarantined = [claim for claim in claims if claim.quarantined_at]
+    again = [claim.pk for claim in quarantined if claim.object_pk in needed and claim.unmatched_since]
+    if again:
+        _claims().filter(pk__in=again).update(unmatched_since=None)
+    unmatched = [claim for claim in quarantined if claim.object_pk not in needed]
+    if not unmatched:
+        return set()
+    # No manager, not even the base one, may hide it.
+    existing = _needed(QuerySet(rows.model, using=rows.db), unmatched)
+    noted = _claims().quarantined().filter(pk__in=[claim.pk for claim in unmatched])
+    noted.filter(unmatched_since__isnull=True).update(unmatched_since=clock.now())
+    recent = noted.filter(unmatched_since__gt=clock.now(-UNMATCHED_FOR))
+    return existing.intersection(recent.values_list("object_pk", flat=True))
+
+
+def forget(before: Any) -> None:
+    """Delete claims that nobody works on, first made before the given time, and that no job works off any more."""
+    delete(_claims().unleased().left_behind().filter(first_claimed_at__lt=before))
 
 
 def _needed(rows: QuerySet[Any], claims: list[Claim]) -> set[str]:
@@ -459,12 +493,21 @@ def write_run(*, holder: str, error: str = "", **values: Any) -> None:
 # --- Asking -----------------------------------------------------------------------------------------------------------
 
 
-def held(job: str, model: type[Model], pks: list[str]) -> set[str]:
-    """Return those of the rows that a sweep must leave: leased by any job, backing off or quarantined for this one."""
+def held(job: str, model: type[Model], pks: list[str], line_up: bool = False) -> set[str]:
+    """Return those of the rows that a sweep must leave: leased by any job, backing off or quarantined for this one.
+
+    To `line_up` is to leave a place in line where only another job is in the way: see `enqueue.next_in_line`.
+    """
     leased = Q(lease_key__isnull=False, lease_expires_at__gt=clock.now())
     set_aside = Q(job=job) & (Q(quarantined_at__isnull=False) | Q(next_attempt_at__gt=clock.now()))
-    claims = _claims().filter(leased | set_aside, model=label(model), object_pk__in=pks)
-    return set(claims.values_list("object_pk", flat=True))
+    found = _claims().filter(leased | set_aside, model=label(model), object_pk__in=pks).values_list("object_pk", "job")
+    own: set[str] = set()
+    others: set[str] = set()
+    for pk, name in found:
+        (own if name == job else others).add(pk)
+    for pk in sorted(others - own) if line_up else ():
+        _insert(job=job, model=label(model), object_pk=pk)
+    return own | others
 
 
 def count(model: type[Model]) -> int:

@@ -228,6 +228,39 @@ def _on_commit(push: Callable[[], None], using: str | None = None) -> None:
     transaction.on_commit(push_and_log if in_transaction else push, using=using)
 
 
+def next_in_line(model: str, pk: str) -> None:
+    """Queue the jobs that found this row in another job's hands, now that it is free: at the head of their queues.
+
+    They have waited in them before. The tick would bring them too, but at the end, and by then the job that had the row
+    may have it again.
+    """
+    Claim = apps.get_model("selfheal", "Claim")
+    due = Claim.objects.due().filter(model=model, object_pk=pk).order_by("-first_claimed_at")
+    waiting = [each for name in due.values_list("job", flat=True) if (each := registry.get(name)) is not None]
+    if not waiting:
+        return
+    disabled = switches.disabled({name for each in waiting for name in each.switches})
+    jobs = [each for each in waiting if each.is_swept and each.works_on(model) and not each.switches & disabled]
+
+    def push() -> None:
+        for job in jobs:
+            with _Hint(job.name, queue := queues.get(job.queue)) as hint:
+                if not hint.vain:
+                    _push_first(queue, row_id(job.name, pk))
+
+    _on_commit(push, Claim.objects.db)
+
+
+def _push_first(queue: queues.Queue, id: str) -> None:
+    """Push an id to the head of its list, wherever it was queued before."""
+    with queue.connection.pipeline() as pipeline:
+        pipeline.zrem(queues.DELAYED_KEY, id)
+        pipeline.lrem(queue.key, 1, id)
+        pipeline.sadd(queue.redis_queues_keys, queue.key)
+        pipeline.lpush(queue.key, id)
+        pipeline.execute()
+
+
 def call(job: Job, args: tuple[Any, ...], kwargs: dict[str, Any], wait: timedelta | None = None) -> None:
     """Queue one call of a plain job at commit. Outside of a transaction it raises `QueueUnavailable`."""
     calls(job, [(args, kwargs)], wait)

@@ -6,6 +6,7 @@ here changes anything.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -33,6 +34,8 @@ State = Literal["fine", "waiting", "problem"]
 Remedy = Literal["", "queue_now", "release", "resume", "run_sweep"]
 
 RUNS = 20
+# After how many successes in a row that left it as it was a row has a problem.
+IN_VAIN = 3
 # How many rows that need work are counted.
 COUNTED = 10_000
 # How many runs a sweep may be behind before that is a problem.
@@ -108,6 +111,7 @@ class Facts:
     paused: list[Pause]
     schedule: Schedule
     claims: list[Claim]
+    runs: list[Run]
     place: Place | None
     redis_error: str
 
@@ -125,6 +129,12 @@ class Facts:
     def is_expired(self) -> bool:
         lease = self.lease
         return lease is not None and lease.lease_expires_at is not None and lease.lease_expires_at <= self.now
+
+    @property
+    def in_vain(self) -> int:
+        """How many of its last attempts succeeded one after the other, and the row still needed the work."""
+        is_in_vain = (run.outcome == Run.Outcome.DONE and bool(run.error) for run in self.runs)
+        return sum(1 for _ in itertools.takewhile(bool, is_in_vain)) if self.is_needed else 0
 
     @property
     def behind(self) -> int:
@@ -173,7 +183,7 @@ def explain(job: Job | str, row: Any, *, model: str = "", ask_redis: bool = True
         paused=[pause.name for pause in facts.paused],
         sweep=facts.sweep.name,
         claim=facts.claim,
-        runs=_runs(label(declared.model), pk, declared.name),
+        runs=facts.runs,
         needy=0 if facts.trouble else declared.rows().order_by()[: COUNTED + 1].count(),
         redis_is_away=bool(facts.redis_error),
     )
@@ -184,8 +194,10 @@ def _beyond(name: str, pk: str, works_on: str = "") -> Explanation:
     declared = registry.get(name)
     if declared is None:
         sentence = _("No job named %s is declared any more: nothing works on this row.") % name
+        sentence += " " + _("To release its claim or to queue it now removes it.")
     elif works_on:
         sentence = _("%(job)s works on %(model)s now: nothing works on this row.") % {"job": name, "model": works_on}
+        sentence += " " + _("To release its claim or to queue it now removes it.")
     elif declared.is_scheduled:
         verdict = Verdict(_("This is a run of the schedule %s; the tick brings it.") % name)
         return Explanation(name, pk, [Step(_("Job"), verdict.sentence)], verdict)
@@ -207,6 +219,7 @@ def _look(job: Job, sweep: Sweep, pk: str, ask_redis: bool) -> Facts:
     # None: a project that was not migrated yet, or whose schedules were deleted, until the next tick.
     schedule = Schedule.objects.filter(pk=sweep.name).first() or Schedule(name=sweep.name)
     claims = list(Claim.objects.filter(model=label(job.model), object_pk=pk))
+    runs = _runs(label(job.model), pk, job.name)
     # Last: what was read can only be older than this.
     now = clock.read()
     place, redis_error = None, "" if ask_redis else _("It did not answer just now.")
@@ -216,7 +229,19 @@ def _look(job: Job, sweep: Sweep, pk: str, ask_redis: bool) -> Facts:
         except RedisError as error:
             redis_error = redacted(error)
     return Facts(
-        job, sweep, pk, now, exists, is_needed, trouble, list(paused.values()), schedule, claims, place, redis_error
+        job=job,
+        sweep=sweep,
+        pk=pk,
+        now=now,
+        exists=exists,
+        is_needed=is_needed,
+        trouble=trouble,
+        paused=list(paused.values()),
+        schedule=schedule,
+        claims=claims,
+        runs=runs,
+        place=place,
+        redis_error=redis_error,
     )
 
 
@@ -265,7 +290,10 @@ def _verdict(facts: Facts) -> Verdict:
     if lease and not facts.is_expired:
         if lease.job == facts.job.name:
             return Verdict(_("It is being worked on."))
-        return Verdict(_("Another job, %s, is at work on this row; this one waits for it.") % lease.job, "waiting")
+        return Verdict(_("It waits for %s, which holds the row.") % lease.job, "waiting")
+    if not facts.is_needed and claim and claim.quarantined_at:
+        sentence = _("It is quarantined, and needs nothing at present. When that lasts for a day, its quarantine ends.")
+        return Verdict(sentence, "waiting", "release")
     if not facts.is_needed:
         return Verdict(_("Nothing to do: the sweep does not match this row."))
     if claim and claim.quarantined_at:
@@ -276,6 +304,8 @@ def _verdict(facts: Facts) -> Verdict:
     if claim and claim.next_attempt_at and claim.next_attempt_at > facts.now:
         sentence = _("It failed, and is attempted again at %s.") % said_of_time(claim.next_attempt_at, facts.now)
         return Verdict(sentence, "waiting", "queue_now")
+    if facts.in_vain >= IN_VAIN:
+        return Verdict(_said_of_success(facts.in_vain), "problem")
     if place and not place.workers:
         return Verdict(_("No worker serves the queue %s: start one.") % facts.job.queue, "problem")
     if place and place.position is not None:
@@ -317,6 +347,9 @@ def _steps(facts: Facts) -> Iterator[Step]:
         yield _step_of_ticks(facts)
         yield _step_of_sweep(facts)
         yield _step_of_claim(facts)
+        if facts.in_vain:
+            state: State = "problem" if facts.in_vain >= IN_VAIN else "waiting"
+            yield Step(_("Attempts"), _said_of_success(facts.in_vain), state)
         yield from _steps_in_redis(facts)
 
 
@@ -389,7 +422,8 @@ def _step_of_claim(facts: Facts) -> Step:
         return Step(title, _("Nobody works on it, and nothing went wrong before."))
     before = _said_of_attempts(claim)
     if claim.quarantined_at:
-        return Step(title, _("Quarantined since %s.") % said_of_time(claim.quarantined_at, now) + before, "problem")
+        state: State = "problem" if facts.is_needed else "waiting"
+        return Step(title, _("Quarantined since %s.") % said_of_time(claim.quarantined_at, now) + before, state)
     if claim.next_attempt_at and claim.next_attempt_at > now:
         return Step(title, _("Backing off until %s.") % said_of_time(claim.next_attempt_at, now) + before, "waiting")
     return Step(title, _("It may be attempted now.") + before)
@@ -403,6 +437,17 @@ def _said_of_attempts(claim: Claim) -> str:
         said += " " + ngettext("%d process died.", "%d processes died.", claim.crashes) % claim.crashes
     error = claim.last_error.partition("\n")[0]
     return f"{said} {error}" if error else said
+
+
+def _said_of_success(times: int) -> str:
+    text = ngettext(
+        "It succeeded %(times)s time, and still needs work: the job must change the row so that its sweep does not "
+        "match it, or raise if it cannot do the work yet.",
+        "It succeeded %(times)s times, and still needs work: the job must change the row so that its sweep does not "
+        "match it, or raise if it cannot do the work yet.",
+        times,
+    )
+    return text % {"times": times if times < RUNS else _("%d or more") % RUNS}
 
 
 def _steps_in_redis(facts: Facts) -> Iterator[Step]:

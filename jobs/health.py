@@ -6,6 +6,7 @@ It only reads. Whatever does not answer is said not to, within a second, and all
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from jobs import clock, cron, pauses, queues, registry, switches, tallies
 from jobs.claims import split_holder
 from jobs.conf import conf, redacted
 from jobs.job import Declared
+from jobs.models import is_left_behind
 from jobs.pauses import Pause
 from jobs.scheduler import LATE, TICKED_KEY, TICKS_MISSED
 from jobs.sweep import Sweep, SweepResult
@@ -44,6 +46,8 @@ HOURS = 23
 SHOWN = 200
 # Fewer failures than that are no more than bad luck.
 FEW = 3
+# Fewer successes than that after which the row still needed work may be users who were quicker.
+MANY = 10
 
 Kind = Literal["sweep", "swept", "cron", "plain"]
 Severity = Literal["critical", "warning", "notice"]
@@ -112,7 +116,8 @@ class Ticking:
 class Item:
     """One declared job or sweep. Times are in seconds, and estimated: see `jobs.tallies.quantile`.
 
-    `feeds` is a sweep's job; `last_sweep` is what the last one found.
+    `feeds` is a sweep's job; `last_sweep` is what the last one found, of a job that is fed what its sweep did.
+    `still_needed` are those successes of the last hour after which the row still needed the work.
     `outcomes` are those of the last hour, `done` and `failed` counts of each of the last 24, the latest last.
     """
 
@@ -135,6 +140,7 @@ class Item:
     outcomes: dict[str, int] = field(default_factory=dict)
     done: list[int] = field(default_factory=lambda: [0] * (HOURS + 1))
     failed: list[int] = field(default_factory=lambda: [0] * (HOURS + 1))
+    still_needed: int = 0
     took_median: float | None = None
     took_p99: float | None = None
     settled_median: float | None = None
@@ -143,7 +149,7 @@ class Item:
 
     @property
     def state(self) -> str:
-        """In a word, how it is: paused, failed, late, failing, in quarantine (some of its rows), or well."""
+        """In a word, how it is: paused, failed, late, failing, in vain, in quarantine (some of its rows), or well."""
         if self.pause is not None:
             return "paused"
         # Of a cron job, a run that is to be tried again has a claim meanwhile.
@@ -158,7 +164,15 @@ class Item:
         is_mended = is_settled or (self.kind == "sweep" and self.last_outcome == "done")
         if self.failures >= FEW and self.failures * 2 > self.attempts and not is_mended:
             return "failing"
+        if self.is_in_vain:
+            return "in vain"
         return "quarantined" if self.quarantined else "well"
+
+    @property
+    def is_in_vain(self) -> bool:
+        """Whether most successes leave their row in need of work. Where no row is, that has been mended since."""
+        most = self.still_needed >= MANY and self.still_needed * 2 > self.outcomes.get("done", 0)
+        return most and self.last_sweep.get("matched", 0) > 0
 
     @property
     def last_took(self) -> float | None:
@@ -184,7 +198,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Health:
-    """All of it, at one moment. `problems` are ordered, the worst first."""
+    """All of it, at one moment. `problems` are ordered, the worst first. No job works off what is `left_behind`."""
 
     at: datetime
     problems: list[Problem]
@@ -195,6 +209,7 @@ class Health:
     ticking: Ticking
     database: Server
     redis: list[Server]
+    left_behind: int = 0
 
     @property
     def is_well(self) -> bool:
@@ -213,11 +228,11 @@ def read() -> Health:
     workers = {worker.name: worker for answer in answers for worker in answer.workers}
     declared = registry.declared()
     items = {each.name: Item(each.name, _kind(each), each.queue) for each in declared}
-    now, trouble, ticking = timezone.now(), "", Ticking(False, ticked_at, None)
+    now, trouble, ticking, left_behind = timezone.now(), "", Ticking(False, ticked_at, None), 0
     try:
         now = clock.read()
         ticking = _read_schedules(items, declared, ticked_at, now)
-        _read_claims(items, workers)
+        left_behind = _read_claims(items, workers)
         _read_tallies(items, now)
     except DatabaseError as error:
         trouble = redacted(error)
@@ -234,6 +249,7 @@ def read() -> Health:
         ticking=ticking,
         database=database,
         redis=[answer.server for answer in answers],
+        left_behind=left_behind,
     )
     found.problems.extend(sorted(_problems(found), key=lambda problem: SEVERITIES.index(problem.severity)))
     return found
@@ -266,6 +282,7 @@ def _read_schedules(
         if isinstance(each, Sweep):
             item.feeds = each.job.name
             item.last_sweep = {name: getattr(schedule, name) for name in SweepResult._fields}
+            items[item.feeds].last_sweep = item.last_sweep
         item.is_late = item.pause is None and each.is_scheduled and _is_late(schedule, item.cron, now)
     coming = [item.next_run_at for item in items.values() if item.cron and item.next_run_at]
     taken = [each.last_enqueued_at for each in schedules.values() if each.last_enqueued_at]
@@ -295,34 +312,43 @@ def _is_late(schedule: Schedule, expression: str, now: datetime) -> bool:
         return True
 
 
-def unsettled() -> dict[str, dict[str, int]]:
-    """Return for each job how many of its claims are leased, due, backing off and quarantined. One query."""
+def unsettled() -> dict[str, Counter[str]]:
+    """Return for each job how many of its claims are leased, due, backing off and quarantined. One query.
+
+    Those that no job works off are `left_behind`. A quarantined row that needs nothing at present is not counted.
+    """
     now = clock.now()
     leased = Q(lease_key__isnull=False, lease_expires_at__gt=now)
     aside, waits = Q(quarantined_at__isnull=False), Q(next_attempt_at__gt=now)
     # Of a condition on what may be NULL, SQL does not know the opposite.
     free, may_go = Q(lease_key__isnull=True) | Q(lease_expires_at__lte=now), Q(quarantined_at__isnull=True)
+    in_time = Q(next_attempt_at__isnull=True) | Q(next_attempt_at__lte=now)
     by_job = (
         apps.get_model("selfheal", "Claim")
-        .objects.values("job")
+        .objects.values("job", "model")
         .annotate(
             leased=Count("pk", filter=leased),
             backing_off=Count("pk", filter=free & may_go & waits),
-            quarantined=Count("pk", filter=free & aside),
-            due=Count("pk"),
+            quarantined=Count("pk", filter=free & aside & Q(unmatched_since__isnull=True)),
+            due=Count("pk", filter=free & may_go & in_time),
+            all=Count("pk"),
         )
     )
-    counts: dict[str, dict[str, int]] = {row.pop("job"): row for row in cast(Any, by_job.order_by())}
-    for count in counts.values():
-        count["due"] -= count["leased"] + count["backing_off"] + count["quarantined"]
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in cast(Any, by_job.order_by()):
+        job, total = row.pop("job"), row.pop("all")
+        left_behind = is_left_behind(job, row.pop("model"))
+        counts[job].update({"left_behind": total} if left_behind else row)
     return counts
 
 
-def _read_claims(items: dict[str, Item], workers: dict[str, Worker]) -> None:
-    for name, counts in unsettled().items():
-        if item := items.get(name):
-            item.leased, item.due = counts["leased"], counts["due"]
-            item.backing_off, item.quarantined = counts["backing_off"], counts["quarantined"]
+def _read_claims(items: dict[str, Item], workers: dict[str, Worker]) -> int:
+    """Count them for each job, name who holds them, and return how many no job works off."""
+    by_job = unsettled()
+    for name in by_job.keys() & items.keys():
+        item, counts = items[name], by_job[name]
+        item.leased, item.due = counts["leased"], counts["due"]
+        item.backing_off, item.quarantined = counts["backing_off"], counts["quarantined"]
     claims = apps.get_model("selfheal", "Claim").objects.filter(lease_key__isnull=False)
     for claim in claims.filter(lease_expires_at__gt=clock.now()).order_by("leased_at")[:SHOWN]:
         name, host, pid = split_holder(claim.holder)
@@ -330,6 +356,7 @@ def _read_claims(items: dict[str, Item], workers: dict[str, Worker]) -> None:
         # Redis may not know of it: the queue is a hint, and so is who serves it.
         worker = workers.setdefault(name, Worker(name, host, pid, [], "busy", renewed_at))
         worker.works_on.append(f"{claim.job}: {claim.model} {claim.object_pk}")
+    return sum(counts["left_behind"] for counts in by_job.values())
 
 
 def _read_tallies(items: dict[str, Item], now: datetime) -> None:
@@ -349,6 +376,11 @@ def _read_tallies(items: dict[str, Item], now: datetime) -> None:
         if item := items.get(name):
             item.took_median, item.took_p99 = tallies.quantile(took, 0.5), tallies.quantile(took, 0.99)
             item.settled_median, item.settled_p99 = tallies.quantile(settled, 0.5), tallies.quantile(settled, 0.99)
+    # Of a success, only one whose row still needed work has anything to say.
+    in_vain = within.filter(hour__gte=recent, outcome="done").exclude(fingerprint="")
+    for name, runs in in_vain.values_list("job").annotate(Sum("runs")):
+        if item := items.get(name):
+            item.still_needed = runs
 
 
 def _database() -> str:
@@ -467,6 +499,14 @@ def _problems(health: Health) -> Iterator[Problem]:
         yield from _queue_problems(queue)
     for item in health.items:
         yield from _item_problems(item, health)
+    if health.left_behind:
+        what = ngettext(
+            "%(count)d claim is of a job that is gone, or works on rows of another model now.",
+            "%(count)d claims are of jobs that are gone, or work on rows of another model now.",
+            health.left_behind,
+        )
+        remedy = _("Release them or queue them now, which removes them, or leave that to selfheal_prune.")
+        yield Problem("notice", "left_behind", "", what % {"count": health.left_behind}, remedy)
 
 
 def _ticking_problems(health: Health) -> Iterator[Problem]:
@@ -516,6 +556,11 @@ def _item_problems(item: Item, health: Health) -> Iterator[Problem]:
         what = _("%(failures)d of the last %(attempts)d attempts of %(name)s failed.")
         counts = {**names, "failures": item.failures, "attempts": item.attempts}
         yield Problem("warning", "failing", item.name, what % counts, _("See its error among the failures."))
+    if item.is_in_vain:
+        what = _("%(name)s succeeds, and its rows still need work: %(count)d times of %(done)d within the last hour.")
+        counts = {**names, "count": item.still_needed, "done": item.outcomes.get("done", 0)}
+        remedy = _("Have it change the row so that its sweep does not match, or raise if it cannot do the work yet.")
+        yield Problem("warning", "in_vain", item.name, what % counts, remedy)
     if item.pause is not None:
         yield Problem("notice", "paused", item.name, _paused(item, item.pause), _("Resume it when that is over."))
 

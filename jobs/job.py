@@ -23,7 +23,7 @@ from jobs import clock, enqueue, queues, registry
 from jobs import cron as cron_expressions
 from jobs.backoff import Backoff, spread
 from jobs.exceptions import NoLongerNeeded
-from jobs.message import check_pk, pk_of, pk_text, pk_value
+from jobs.message import check_pk, label, pk_of, pk_text, pk_value
 
 if TYPE_CHECKING:
     from jobs.sweep import Sweep
@@ -47,6 +47,8 @@ class Declared:
     missed = "once"
     # Whether each run that went well is kept in the history, or only those that did not.
     keeps_history = True
+    # Whether a row that still needs it after a success is as it should be.
+    works_in_parts = False
 
     def __init__(
         self, function: Callable[..., Any], name: str | None, queue: str, timeout: timedelta | None, cron: str | None
@@ -108,6 +110,13 @@ class Declared:
     def model(self) -> type[Model]:
         """The model of the rows that it works on."""
         return apps.get_model("selfheal", "Schedule")
+
+    def works_on(self, model: str) -> bool:
+        """Whether this works on the rows that are claimed under that name; yes, if its sweep cannot tell."""
+        try:
+            return (self.is_swept or self.is_scheduled) and label(self.model) == model
+        except Exception:
+            return True
 
     def rows(self) -> QuerySet[Any]:
         """Return the rows that need this work. Here: its own schedule, while a run of it is owed."""

@@ -4,7 +4,7 @@ from django.apps import apps
 from django.db import router
 from django.db.models import QuerySet
 
-from jobs import claims, clock, operations, registry, tallies
+from jobs import claims, clock, operations, tallies
 from jobs.conf import conf
 from jobs.deletion import delete
 from jobs.job import job
@@ -18,8 +18,8 @@ BATCH = 10_000
 def selfheal_prune() -> None:
     """Delete the history older than `KEEP_RUNS`, a batch at a time so that no lock is held for long.
 
-    So are claims of that age that nobody holds and whose job is not declared any more: no sweep would settle them. And
-    operations that ended before that. Tallies of that age are added up.
+    So are claims of that age that nobody holds and whose job is not declared any more, or works on rows of another
+    model by now: no sweep would settle them. And operations that ended before that. Tallies of that age are added up.
     """
     before = clock.read() - conf.KEEP_RUNS
     Run = apps.get_model("selfheal", "Run")
@@ -27,8 +27,7 @@ def selfheal_prune() -> None:
     old = runs.filter(finished_at__lt=before).order_by("finished_at").values_list("pk")
     while batch := [pk for (pk,) in old[:BATCH]]:
         delete(runs.filter(pk__in=batch))
-    declared = [each.name for each in registry.declared()]
-    claims.forget(declared, before)
+    claims.forget(before)
     delete(Operation.objects.filter(finished_at__lt=before))
     tallies.fold(before)
 
@@ -37,6 +36,9 @@ def selfheal_prune() -> None:
 def selfheal_operate(operation: Operation) -> None:
     """Do what an operator asked for to a good part of the claims that are meant; the next sweep brings the rest."""
     operations.advance(operation)
+
+
+selfheal_operate.works_in_parts = True
 
 
 @sweep(selfheal_operate, cron="* * * * *")

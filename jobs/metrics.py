@@ -75,6 +75,8 @@ def _gauges(items: list[Item]) -> Iterator[Metric]:
     for name in ("leased", "due", "backing_off", "quarantined"):
         counts = ((item.name, getattr(item, name)) for item in swept)
         yield _gauge(name, f"Rows whose claim is {name.replace('_', ' ')}.", counts)
+    in_vain = ((item.name, item.still_needed) for item in swept)
+    yield _gauge("still_needed", "Successes of the last hour after which the row still needed work.", in_vain)
     took = ((item.name, item.last_took) for item in sweeps)
     yield _gauge("sweep_duration_seconds", "How long the last sweep took.", took)
     succeeded = ((item.name, at.timestamp()) for item in items if (at := item.last_succeeded_at))

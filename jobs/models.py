@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.core.exceptions import ValidationError
 from django.db import models, router
-from django.db.models import F, Q
+from django.db.models import Exists, F, OuterRef, Q
 from django.utils.translation import gettext_lazy as _
 
-from jobs import clock, cron
+from jobs import clock, cron, registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -129,6 +129,12 @@ class Health(Schedule):
         default_permissions = ("view",)
 
 
+def is_left_behind(job: str, model: str) -> bool:
+    """Whether no job of that name works on rows of that model any more."""
+    declared = registry.get(job)
+    return declared is None or not declared.works_on(model)
+
+
 class ClaimQuerySet(models.QuerySet["Claim"]):
     def matching(self, *, job: str = "", state: str = "", search: str = "") -> ClaimQuerySet:
         """Those that an operator's filter finds: of this job, in this state, with each word somewhere in their text.
@@ -140,8 +146,10 @@ class ClaimQuerySet(models.QuerySet["Claim"]):
             found = {
                 "leased": found.leased,
                 "due": found.due,
+                "in_line": found.in_line,
                 "waiting": found.waiting,
                 "quarantined": found.quarantined,
+                "left_behind": found.left_behind,
             }[state]()
         for word in search.split():
             holds = (Q(**{f"{field}__icontains": word}) for field in self.model.SEARCHED)
@@ -157,10 +165,21 @@ class ClaimQuerySet(models.QuerySet["Claim"]):
         return self.filter(Q(lease_key__isnull=True) | Q(lease_expires_at__lte=clock.now()))
 
     def due(self) -> ClaimQuerySet:
-        """Those that may be attempted now: not leased, not backing off, not quarantined."""
+        """Those that may be attempted now: not leased, for another job neither, not backing off, not quarantined."""
+        return self._in_time().exclude(self.row_is_leased())
+
+    def in_line(self) -> ClaimQuerySet:
+        """Those that another job is in the way of, which has the row: they are queued when it is free."""
+        return self._in_time().filter(self.row_is_leased())
+
+    def _in_time(self) -> ClaimQuerySet:
         return self.unleased().filter(
             Q(next_attempt_at__isnull=True) | Q(next_attempt_at__lte=clock.now()), quarantined_at__isnull=True
         )
+
+    def row_is_leased(self) -> Exists:
+        """The condition that somebody works on the row, whichever job that is for."""
+        return Exists(type(self)(self.model).leased().filter(model=OuterRef("model"), object_pk=OuterRef("object_pk")))
 
     def waiting(self) -> ClaimQuerySet:
         """Those that are backing off."""
@@ -168,6 +187,12 @@ class ClaimQuerySet(models.QuerySet["Claim"]):
 
     def quarantined(self) -> ClaimQuerySet:
         return self.filter(quarantined_at__isnull=False)
+
+    def left_behind(self) -> ClaimQuerySet:
+        """Those that no job works off: theirs is not declared any more, or works on rows of another model by now."""
+        found = type(self)(self.model, using=self.db).order_by().values_list("job", "model").distinct()
+        left = [Q(job=job, model=model) for job, model in found if is_left_behind(job, model)]
+        return self.filter(functools.reduce(operator.or_, left)) if left else self.none()
 
     def of_rows(self, job: str, model: str, pks: Iterable[str]) -> ClaimQuerySet:
         """Those of one job on the rows of a model whose primary keys, as text, are given."""
@@ -189,7 +214,8 @@ class ClaimQuerySet(models.QuerySet["Claim"]):
 
     def release(self) -> int:
         """Let quarantined rows be attempted again at once, as if for the first time. Returns how many those were."""
-        return self.can("release").update(quarantined_at=None, next_attempt_at=None, attempts=0, crashes=0, deaths=0)
+        anew = {"next_attempt_at": None, "attempts": 0, "crashes": 0, "deaths": 0}
+        return self.can("release").update(quarantined_at=None, unmatched_since=None, **anew)
 
     def quarantine(self) -> int:
         """Set rows aside until somebody releases them. Returns how many; those that are worked on stay as they are."""
@@ -224,6 +250,8 @@ class Claim(models.Model):
     next_attempt_at = models.DateTimeField(_("next attempt"), null=True)
     last_error = models.TextField(_("last error"), blank=True, default="", db_default="")
     quarantined_at = models.DateTimeField(_("quarantined"), null=True)
+    # Since when a sweep finds that it does not match a quarantined row.
+    unmatched_since = models.DateTimeField(_("does not match since"), null=True)
     first_claimed_at = models.DateTimeField(_("first claimed"))
 
     objects = PrimaryManager.from_queryset(ClaimQuerySet)()
@@ -245,6 +273,11 @@ class Claim(models.Model):
 
     def __str__(self) -> str:
         return f"{self.job} of {self.model} {self.object_pk}"
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether no job works it off any more."""
+        return is_left_behind(self.job, self.model)
 
 
 class Run(models.Model):

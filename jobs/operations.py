@@ -37,7 +37,8 @@ class Result(NamedTuple):
 def apply(action: str, meant: ClaimQuerySet) -> list[Claim]:
     """Do it to these claims, at most a batch of them, in one transaction. Returns those that it changed.
 
-    What is worked on is left alone. What seems to be, by a process that is gone, is not worked on.
+    What is worked on is left alone. What seems to be, by a process that is gone, is not worked on. A claim that no job
+    works off any more has nothing to wait for: it is removed when its waiting is to end.
     """
     if action != Operation.Action.RELEASE:
         for dead in meant.filter(lease_expires_at__lte=clock.now()):
@@ -45,6 +46,9 @@ def apply(action: str, meant: ClaimQuerySet) -> list[Claim]:
     with transaction.atomic(router.db_for_write(Claim)):
         # In the order of their keys, so that of two operators who change the same ones each waits for the other once.
         changed = list(meant.can(action).only("job", "model", "object_pk").order_by("pk").select_for_update())
+        left_behind = {claim.pk for claim in changed if claim.is_left_behind}
+        if action != Operation.Action.QUARANTINE:
+            meant.can(action).filter(pk__in=left_behind).delete()
         getattr(Claim.objects.filter(pk__in=[claim.pk for claim in changed]), action)()
     return changed
 
@@ -53,7 +57,8 @@ def push(changed: Iterable[Claim]) -> None:
     """Queue the rows of claims that may be attempted now. That saves waiting for the tick; more it does not."""
     rows: dict[str, list[str]] = defaultdict(list)
     for claim in changed:
-        rows[claim.job].append(claim.object_pk)
+        if not claim.is_left_behind:
+            rows[claim.job].append(claim.object_pk)
     for name, pks in rows.items():
         if isinstance(job := registry.get(name), Job) and job.is_swept:
             job.enqueue_many(pks)

@@ -77,6 +77,7 @@ def perform(attempt: Attempt, guard: Guard = unguarded) -> Outcome:
             _write_down(partial(claims.drop, attempt, claim))
             attempt.pk = outcome.pk
             return perform(attempt, guard)
+        enqueue.next_in_line(attempt.model, attempt.pk)
         return outcome
     except LeaseLost as lost:
         reason = str(lost) or str(LeaseLost.on(attempt.work))
@@ -108,7 +109,7 @@ def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome | _OtherwiseW
         _let_go(error)
         outcome, end = "failed", lambda: claims.fail(attempt, *described, needed=_is_needed(attempt))
     else:
-        outcome, end = "done", partial(claims.settle, attempt, kept)
+        outcome, end = "done", lambda: claims.settle(attempt, kept, _is_still_needed(attempt))
     _write_down(end)
     return outcome
 
@@ -183,6 +184,17 @@ def _is_needed(attempt: Attempt) -> bool:
 def _is_inside(attempt: Attempt) -> bool:
     """Whether a transaction is open around the attempt, as in a TestCase."""
     return any(attempt.depths.values())
+
+
+def _is_still_needed(attempt: Attempt) -> bool:
+    """Whether the row matches after a success. It is a success whatever the queryset has to say."""
+    if not attempt.declared.is_swept or attempt.declared.works_in_parts:
+        return False
+    try:
+        rows = attempt.declared.rows()
+        return bool(rows.filter(pk=pk_value(rows.model, attempt.pk)).exists())
+    except Exception:
+        return False
 
 
 def _write_down(statement: Callable[[], None]) -> None:

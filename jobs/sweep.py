@@ -166,7 +166,7 @@ class Sweep(Declared):
         enqueued = already_queued = waiting = 0
         result = SweepResult()
         for batch in enqueue.batches(map(pk_text, pks), self.batch_size):
-            held = claims.held(self.job.name, rows.model, batch) if unsettled else set()
+            held = claims.held(self.job.name, rows.model, batch, not dry_run) if unsettled else set()
             new: list[bytes] = []
             once = list(dict.fromkeys(batch))
             for pk, id in zip(once, row_ids(self.job.name, once), strict=True):

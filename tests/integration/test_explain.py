@@ -76,7 +76,7 @@ CAUSES: dict[str, tuple[Any, str, str, str, str]] = {
     "at work": (taken, "It is being worked on.", "fine", "", "w1@"),
     "another job at work": (
         lambda task: taken(task, delete_task),
-        "Another job, delete_task, is at work",
+        "It waits for delete_task, which holds the row.",
         "waiting",
         "",
         "works on it for delete_task",
@@ -165,6 +165,34 @@ CAUSES: dict[str, tuple[Any, str, str, str, str]] = {
         "",
         "None serves default",
     ),
+    "it succeeds in vain": (
+        lambda task: (Task.objects.update(behaviour="leave_pending"), [perform(do_task, task) for _ in range(3)]),
+        "It succeeded 3 times, and still needs work: the job must change the row",
+        "problem",
+        "",
+        "It succeeded 3 times",
+    ),
+    "it succeeded in vain once": (
+        lambda task: (Task.objects.update(behaviour="leave_pending"), perform(do_task, task)),
+        "not queued yet",
+        "waiting",
+        "queue_now",
+        "It succeeded 1 time, and still needs work",
+    ),
+    "it comes due again after many successes": (
+        lambda task: [(perform(do_task, task), Task.objects.update(state="pending")) for _ in range(5)],
+        "not queued yet",
+        "waiting",
+        "queue_now",
+        "Nobody works on it, and nothing went wrong before.",
+    ),
+    "quarantined, and needs nothing": (
+        lambda task: (claim(task, quarantined_at=timezone.now()), Task.objects.update(state="done")),
+        "It is quarantined, and needs nothing at present.",
+        "waiting",
+        "release",
+        "it needs nothing",
+    ),
     "it needs nothing": (
         lambda task: Task.objects.update(state="done"),
         "the sweep does not match this row",
@@ -205,7 +233,7 @@ def test_who_is_at_work_is_said_whatever_else_is_wrong(task, first):
 def test_a_deletion_that_waits_for_a_creation_says_so(task):
     taken(task)
     Task.objects.update(state="deleting")
-    assert "Another job, do_task" in explain.explain(delete_task, task).verdict.sentence
+    assert "It waits for do_task" in explain.explain(delete_task, task).verdict.sentence
 
 
 def test_the_timeline_is_of_this_row_and_job_newest_first(task):

@@ -14,12 +14,13 @@ from django.utils import timezone
 from waffle import get_waffle_switch_model
 
 from config.servers import RedisServer
-from jobs import Backoff, clock, health, job, pauses, queues, scheduler, sweep, tallies
+from jobs import Backoff, clock, health, job, operations, pauses, queues, scheduler, sweep, tallies
 from jobs.claims import Attempt, take
 from jobs.health import Item, Problem
+from jobs.jobs import selfheal_operate
 from jobs.models import Claim, Run, Schedule, Tally
 from jobs.testing import drain, perform, tick
-from tests.cast.jobs import do_task
+from tests.cast.jobs import do_task, schedule_tasks
 from tests.cast.models import Task
 from tests.integration.conftest import QUEUES
 from tests.machine import within
@@ -244,6 +245,50 @@ def test_a_job_whose_attempts_fail_more_often_than_not(at_work):
     # All that failed has succeeded since.
     claim.delete()
     assert problems() == []
+
+
+def test_a_job_that_succeeds_and_leaves_its_rows_as_they_were(at_work):
+    """It returns early, say: every minute a run for each row, and nobody would ever know."""
+    Task.objects.create(behaviour="leave_pending")
+    for _ in range(10):
+        assert schedule_tasks.sweep().enqueued == 1
+        assert drain() == {"done": 1}
+    Schedule.objects.filter(name="schedule_tasks").update(matched=1)
+    tallies.count(None)
+    assert str(the_problem("in_vain")) == (
+        "do_task succeeds, and its rows still need work: 10 times of 10 within the last hour. Have it change the row "
+        "so that its sweep does not match, or raise if it cannot do the work yet."
+    )
+    assert not health.read().is_well
+    assert (item("do_task").state, item("do_task").still_needed) == ("in vain", 10)
+    # Mended: its sweep finds nothing.
+    Schedule.objects.filter(name="schedule_tasks").update(matched=0)
+    assert problems() == []
+
+
+def test_one_that_now_and_then_has_a_row_changed_under_it_does_not(at_work):
+    for number in range(30):
+        Task.objects.create(behaviour="leave_pending" if number < 10 else "succeed")
+    Schedule.objects.filter(name="schedule_tasks").update(matched=1)
+    schedule_tasks.sweep()
+    drain()
+    tallies.count(None)
+    assert item("do_task").still_needed == 10
+    assert problems() == []
+
+
+def test_nor_does_one_that_does_its_work_in_parts(at_work, monkeypatch):
+    monkeypatch.setattr(operations, "ATTEMPT_SECONDS", 0)
+    monkeypatch.setattr(operations, "BATCH", 1)
+    for number in range(12):
+        claim(number, next_attempt_at=timezone.now() + timedelta(hours=1))
+    operation = operations.request("queue_now", {})
+    while operation.finished_at is None:
+        assert perform(selfheal_operate, operation) == "done"
+        operation.refresh_from_db()
+    Schedule.objects.filter(name="selfheal_operations").update(matched=1)
+    tallies.count(None)
+    assert (item("selfheal_operate").outcomes, problems()) == ({"done": 13}, [])
 
 
 def test_what_is_paused_is_said_and_is_no_reason_for_alarm(at_work):

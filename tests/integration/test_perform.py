@@ -412,6 +412,24 @@ def test_a_lease_lost_by_a_job_that_fails_too(task, doing):
     assert (claim.token, claim.attempts, claim.next_attempt_at) == ("f" * 32, 0, None)
 
 
+def test_a_success_whose_row_still_needs_the_work_says_so(task, doing):
+    assert perform(doing(lambda task: None), task) == "done"
+    run = Run.objects.get()
+    assert (run.outcome, run.error) == ("done", "It succeeded, and its row still needs this work.")
+
+
+def test_and_is_one_also_if_nobody_can_say_whether_it_does(task, doing):
+    rows = Task.objects.pending
+
+    def once_more() -> Any:
+        if Task.objects.filter(name="worked on").exists():
+            raise RuntimeError("the rows cannot be told")
+        return rows()
+
+    assert perform(doing(lambda task: Task.objects.update(name="worked on"), once_more), task) == "done"
+    assert (Run.objects.get().outcome, Run.objects.get().error) == ("done", "")
+
+
 def test_a_database_that_is_away_when_the_end_is_written_down_is_asked_again(
     task, doing, monkeypatch, transactional_db
 ):

@@ -52,15 +52,19 @@ def test_every_statement_of_a_job_that_succeeds(task):
         # The job's own write, and what makes it durable.
         f"UPDATE {TASK}",
         "COMMIT",
+        # Was that all? A success whose row still needs the work is written down as one.
+        f"SELECT {TASK}",
         # The end: claim and history in one transaction, so that neither is there without the other.
         "BEGIN",
         f"DELETE {CLAIM}",
         f"INSERT {RUN}",
         "COMMIT",
+        # Does another job wait for the row, which is free now?
+        f"SELECT {CLAIM}",
     ]
 
 
-def test_a_copy_of_what_is_done_costs_six_and_leaves_nothing(task):
+def test_a_copy_of_what_is_done_costs_seven_and_leaves_nothing(task):
     Task.objects.update(state="done")
     with Statements(connection) as statements:
         assert perform(do_task, task) == "not_needed"
@@ -71,6 +75,7 @@ def test_a_copy_of_what_is_done_costs_six_and_leaves_nothing(task):
         "BEGIN",
         f"DELETE {CLAIM}",
         "COMMIT",
+        f"SELECT {CLAIM}",
     ]
 
 

@@ -11,7 +11,7 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from jobs import SweepResult, claims, enqueue, job, queues, sweep
+from jobs import SweepResult, claims, clock, enqueue, job, queues, sweep
 from jobs.exceptions import Misconfigured
 from jobs.models import Claim, Run, Schedule
 from jobs.sweep import Sweep, _each_once
@@ -370,7 +370,11 @@ def test_another_jobs_switch_does_not(switch):
     "values",
     [
         {"attempts": 2, "next_attempt_at": timezone.now() + timedelta(days=1), "last_error": "No space left"},
-        {"quarantined_at": timezone.now(), "last_error": "No space left"},
+        {
+            "quarantined_at": timezone.now() - timedelta(days=9),
+            "unmatched_since": timezone.now() - timedelta(days=1),
+            "last_error": "No space left",
+        },
         {
             "lease_key": "cast.task:gone",
             "token": "0" * 32,
@@ -401,6 +405,49 @@ def test_a_row_that_was_mended_by_hand_is_settled_by_the_sweep(values, how, task
         "resolved",
         "No space left",
     )
+
+
+def test_a_quarantine_outlives_what_only_happens_to_its_row_for_a_while(task):
+    """Its account is suspended for a sweep, say. A job that kills its process must not be let loose on it again."""
+    set_aside = claim(task, quarantined_at=timezone.now(), crashes=3, deaths=3)
+    Task.objects.update(state="suspended")
+    schedule_tasks.sweep()
+    schedule_tasks.sweep()
+    Task.objects.update(state="pending")
+    assert schedule_tasks.sweep() == SweepResult(matched=1, enqueued=0, already_queued=0, waiting=1)
+    assert perform(do_task, task) == "quarantined"
+    # What is over counts no more: the row would have to be unmatched for a whole day again.
+    set_aside.refresh_from_db()
+    assert (set_aside.deaths, set_aside.unmatched_since) == (3, None)
+
+
+def test_nor_has_anything_happened_to_a_quarantined_row_until_that_has_lasted_for_a_day(task):
+    claim(task, quarantined_at=timezone.now())
+    Task.objects.update(state="done")
+    with clock.fixed(now := timezone.now()):
+        schedule_tasks.sweep()
+    with clock.fixed(now + timedelta(hours=23)):
+        schedule_tasks.sweep()
+    assert Claim.objects.get().unmatched_since == now
+    with clock.fixed(now + timedelta(hours=25)):
+        schedule_tasks.sweep()
+    assert not Claim.objects.exists()
+
+
+def test_a_quarantined_row_that_is_gone_needs_no_day(task):
+    claim(task, quarantined_at=timezone.now())
+    task.delete()
+    schedule_tasks.sweep()
+    assert not Claim.objects.exists()
+
+
+def test_whoever_waits_in_line_for_nothing_leaves_no_history(task):
+    leased(task, "delete_task")
+    assert perform(do_task, task) == "busy"
+    Task.objects.update(state="done")
+    schedule_tasks.sweep()
+    assert [each.job for each in Claim.objects.all()] == ["delete_task"]
+    assert not Run.objects.exists()
 
 
 def test_a_claim_that_somebody_works_on_is_left_to_them():
@@ -443,9 +490,11 @@ def test_of_more_claims_than_are_looked_at_together_each_is_settled_that_can_be(
     Task.objects.bulk_create(
         [Task(state="done" if number < 5 or number >= 1020 else "pending") for number in range(1030)]
     )
-    now = timezone.now()
+    now, later = timezone.now(), timezone.now() + timedelta(days=1)
     Claim.objects.bulk_create(
-        Claim(job="do_task", model="cast.task", object_pk=str(pk), first_claimed_at=now, quarantined_at=now)
+        Claim(
+            job="do_task", model="cast.task", object_pk=str(pk), first_claimed_at=now, attempts=1, next_attempt_at=later
+        )
         for pk in Task.objects.order_by("pk").values_list("pk", flat=True)
     )
     assert schedule_tasks.sweep() == SweepResult(matched=1015, enqueued=0, already_queued=0, waiting=1015)

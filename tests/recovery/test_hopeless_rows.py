@@ -5,7 +5,10 @@ import time
 
 from django.utils import timezone
 
+from jobs.claims import STILL_NEEDED
+from jobs.explain import explain
 from jobs.models import Claim
+from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import LEASE, Stack
 
@@ -85,6 +88,9 @@ def test_one_that_succeeds_and_still_needs_work(stack: Stack) -> None:
     good = Task.objects.create()
     stack.wait_until_done(good)
     assert set(stack.runs(task)) == {"done"}
+    explanation = explain(do_task, task)
+    assert {run.error for run in explanation.runs} == {STILL_NEEDED}
+    assert [step.state for step in explanation.steps if step.title == "Attempts"] == ["problem"]
     # Nothing is held against it, and it is not queued again before the next sweep.
     assert not Claim.objects.filter(object_pk=str(task.pk), lease_key__isnull=True).exists()
     starts = [interval.start for interval in stack.intervals(task)]

@@ -2,13 +2,15 @@
 
 import itertools
 import time
+from datetime import timedelta
 
 from django.db import transaction
+from django.utils import timezone
 
 from jobs.models import Claim, Run
-from tests.cast.jobs import delete_task
+from tests.cast.jobs import delete_task, do_task
 from tests.cast.models import Task
-from tests.recovery.conftest import Stack
+from tests.recovery.conftest import PATIENCE, Stack
 
 
 def test_deleted_while_its_job_works(stack: Stack) -> None:
@@ -92,6 +94,37 @@ def test_wanted_by_another_job_while_its_job_works(stack: Stack) -> None:
     assert stack.runs(task, "delete_task") == ["done"]
 
 
+def test_deleted_by_a_user_during_a_long_creation(stack: Stack) -> None:
+    """The deletion begins as soon as the creation has ended: no sweep, and no tick, has to find it again."""
+    task = Task.objects.create(seconds=2)
+    for name in ("one", "two"):
+        stack.worker(name)
+    do_task.enqueue(task)
+    stack.child_at_work(task)
+    Task.objects.filter(pk=task.pk).update(state="deleting", seconds=0)
+    delete_task.enqueue(task)
+    stack.wait_until_done(task, state="deleted")
+    first, second = stack.intervals(task)
+    assert (first.job, second.job) == ("do_task", "delete_task")
+    assert second.start - first.start < task.seconds + 1.5
+    assert stack.queued() == []
+
+
+def test_deleted_by_a_user_while_the_process_of_the_creation_dies(stack: Stack) -> None:
+    """Its worker sees that, and queues the deletion."""
+    task = Task.objects.create(seconds=PATIENCE)
+    for name in ("one", "two"):
+        stack.worker(name)
+    do_task.enqueue(task)
+    child = stack.child_at_work(task)
+    Task.objects.filter(pk=task.pk).update(state="deleting", seconds=0)
+    delete_task.enqueue(task)
+    stack.wait_for(lambda: Claim.objects.in_line().filter(job="delete_task").exists(), "a place in line")
+    stack.kill(child.pid)
+    stack.wait_for(lambda: stack.state(task) == "deleted", "the deletion")
+    assert stack.runs(task) == ["crashed"]
+
+
 def test_wanted_by_two_jobs_in_turn(stack: Stack) -> None:
     """A row that changes its mind again and again, under hints for both jobs, is worked on by one at a time."""
     task = Task.objects.create(seconds=0.7, behaviour="leave_pending")
@@ -116,7 +149,11 @@ def test_quarantined_and_mended_by_hand(stack: Stack) -> None:
     stack.worker()
     stack.wait_for(lambda: Claim.objects.filter(quarantined_at__isnull=False).count() == 2, "both quarantined")
     Task.objects.filter(pk=mended.pk).update(state="done")
-    # Its next sweep settles it, and nobody has to release it.
+    # Nobody has to release it: when its sweep has not matched it for a day, that settles it.
+    unmatched = Claim.objects.filter(object_pk=str(mended.pk), unmatched_since__isnull=False)
+    stack.wait_for(unmatched.all().exists, "seen not to match")
+    stack.wait_for_sweeps(1)
+    assert unmatched.update(unmatched_since=timezone.now() - timedelta(days=1)) == 1
     stack.wait_until_done(mended)
     assert stack.runs(mended) == ["crashed"] * 3 + ["resolved"]
     # Where the cause was mended and the row still needs work, it takes a release.

@@ -250,16 +250,20 @@ class Command(BaseCommand):
             self.stdout.write(f"\nTo mend it: manage.py jobs {REMEDIES[remedy](explanation)}")
 
     def _retry(self, options: dict[str, Any]) -> None:
-        job = self._job_named(options["name"])
+        name = options["name"]
         meant = [action for action in ("all", "quarantined") if options[action]]
         if bool(options["pks"]) == bool(meant):
             raise CommandError("Give primary keys, or --all, --quarantined or both.")
         if meant:
+            # There may be claims of a job that is gone.
+            if not Claim.objects.filter(job=name).exists():
+                self._job_named(name)
             criteria = {"all": ("queue_now", "waiting"), "quarantined": ("release", "quarantined")}
             for each in meant:
                 action, state = criteria[each]
-                self.stdout.write(self._to_all(action, {"job": job.name, "state": state}))
+                self.stdout.write(self._to_all(action, {"job": name, "state": state}))
             return
+        job = self._job_named(name)
         self._tell({pk: self._retry_one(job, pk) for pk in options["pks"]})
 
     def _retry_one(self, job: Job, pk: str) -> operations.Result:
@@ -276,7 +280,9 @@ class Command(BaseCommand):
             )
         changed = operations.apply(action, Claim.objects.filter(pk__in=pks))
         operations.push(changed)
-        return f"{len(changed)} of {len(pks)} that were {criteria['state']} may be attempted again now."
+        removed = sum(claim.is_left_behind for claim in changed)
+        said = f"{len(changed) - removed} of {len(pks)} that were {criteria['state']} may be attempted again now."
+        return f"{said} {removed} that no job works off any more are removed." if removed else said
 
     def _quarantine(self, options: dict[str, Any]) -> None:
         job = self._job_named(options["name"])

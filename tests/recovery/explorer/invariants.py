@@ -41,6 +41,10 @@ class Claim(NamedTuple):
     def is_live(self, now: datetime) -> bool:
         return self.lease_key is not None and self.lease_expires_at is not None and self.lease_expires_at > now
 
+    def is_of_quarantined(self, tasks: dict[int, Task]) -> bool:
+        """Whether it keeps a row in quarantine, and the row is there."""
+        return self.quarantined_at is not None and self.model == TASK and int(self.pk) in tasks
+
 
 class Seen(NamedTuple):
     tasks: dict[int, Task]
@@ -110,6 +114,11 @@ class Invariants:
                 yield f"{claim.job} of {claim.pk} was taken while it was backing off, until {was.next_attempt_at}"
             if was.quarantined_at is not None:
                 yield f"{claim.job} of {claim.pk} was taken while it was quarantined"
+        left = {(claim.job, claim.model, claim.pk) for claim in after.claims}
+        for claim in before.claims:
+            # No world lasts for the day after which a row that does not match is forgiven.
+            if claim.is_of_quarantined(after.tasks) and (claim.job, claim.model, claim.pk) not in left:
+                yield f"the quarantine of {claim.job} of {claim.pk} was forgotten"
 
     @staticmethod
     def _may_end(actor: Actor, token: str) -> bool:
@@ -182,7 +191,9 @@ class Invariants:
                     yield f"a run of {name} is due or owed"
 
     def _is_needed(self, claim: Claim) -> bool:
-        """Whether a claim may be left at rest: that of a row which cannot succeed."""
+        """Whether a claim may be left at rest: that of a row which cannot succeed, or could not and was mended."""
+        if claim.is_of_quarantined(self.seen.tasks):
+            return True
         task = self.seen.tasks.get(int(claim.pk)) if claim.model == TASK else None
         return task is not None and task.is_hopeless and task.state not in READY
 

@@ -46,7 +46,9 @@ for _, key in ipairs(redis.call('KEYS', 'selfheal:*')) do
 end
 return times
 """
-PUSHES = ("PUSH", "CALL", "REDELIVER", "FIND_LOST", "MOVE_DUE", "RPUSH", "SADD+RPUSH", "ZADD")
+PUSHES = (
+    "PUSH", "CALL", "REDELIVER", "FIND_LOST", "MOVE_DUE", "RPUSH", "SADD+RPUSH", "ZADD", "ZREM+LREM+SADD+LPUSH"
+)  # fmt: skip
 EXECUTE = Pipeline.execute
 WRITES = ("INSERT", "UPDATE", "DELETE")
 
