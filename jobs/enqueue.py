@@ -274,12 +274,14 @@ def calls(job: Job, arguments: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
         return
     unique_for = int(job.unique_for.total_seconds() * 1000) if job.unique_for else 0
     waits = int(wait.total_seconds()) if wait else 0
+    # Whoever is told can stop by himself, and a Redis that is back must not refuse him. At a commit nobody can.
+    is_told = not transaction.get_connection().in_atomic_block
 
     def push() -> None:
         options = [_score(wait), unique_for, clock.timestamp() + waits + LOST_AFTER, KEEP_CALLS + waits]
         try:
             with _Push(job.name, queue) as attempt:
-                if attempt.vain:
+                if attempt.vain and not is_told:
                     raise QueueUnavailable.of(job.name, attempt.vain)
                 for batch in batches(messages, BATCH):
                     with queue.connection.pipeline(transaction=False) as pipeline:

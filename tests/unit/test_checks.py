@@ -176,6 +176,7 @@ def test_e004_a_coroutine_function():
         ({"limit": 1.5}, "limit is 1.5; pass a number from 1."),
         ({"jitter": 60}, "jitter is 60; pass a timedelta longer than zero."),
         ({"jitter": timedelta(0)}, "pass a timedelta longer than zero."),
+        ({"jitter": timedelta(days=2)}, "jitter is 2 days, 0:00:00; 1 day, 0:00:00 is the most."),
         ({"timeout": 60}, "timeout is 60; pass a timedelta longer than zero."),
     ],
     ids=str,
