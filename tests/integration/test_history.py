@@ -130,6 +130,8 @@ def test_what_is_asked_for_each_row_and_each_tick_uses_an_index():
         claimed.filter(job="do_task", model="cast.task", object_pk="1"),
         claimed.filter(model="cast.task", object_pk__in=["1", "2"]),
         claimed.of_rows("do_task", "cast.task", ["1", "2"]),
+        # Who waits in line, asked after each attempt.
+        claimed.due().filter(model="cast.task", object_pk="1"),
         Run.objects.filter(model="cast.task", object_pk="1"),
         Run.objects.filter(job="do_task").order_by("finished_at"),
         Run.objects.filter(finished_at__lt=timezone.now()).order_by("finished_at"),
