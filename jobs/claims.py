@@ -442,7 +442,7 @@ def _end(attempt: Attempt) -> None:
 
 def _delete(claims: ClaimQuerySet) -> int:
     # One statement. With a signal receiver anywhere in the project, `delete()` would look first and then delete.
-    return int(claims._raw_delete(_database()) or 0)
+    return int(claims._raw_delete(_database()))
 
 
 def _give_back(attempt: Attempt, **changes: Any) -> bool:
