@@ -192,7 +192,8 @@ class ClaimQuerySet(models.QuerySet["Claim"]):
         """Those that no job works off: theirs is not declared any more, or works on rows of another model by now."""
         found = type(self)(self.model, using=self.db).order_by().values_list("job", "model").distinct()
         left = [Q(job=job, model=model) for job, model in found if is_left_behind(job, model)]
-        return self.filter(functools.reduce(operator.or_, left)) if left else self.none()
+        # No name is empty, so there may be none of them and still a statement.
+        return self.filter(functools.reduce(operator.or_, left, Q(job="")))
 
     def of_rows(self, job: str, model: str, pks: Iterable[str]) -> ClaimQuerySet:
         """Those of one job on the rows of a model whose primary keys, as text, are given."""

@@ -48,9 +48,9 @@ def test_it_is_deleted_a_batch_at_a_time(monkeypatch, django_assert_num_queries)
     monkeypatch.setattr(library, "BATCH", 3)
     runs(*[timedelta(days=20)] * 7)
     asks_for_the_time = connection.vendor == "postgresql"
-    # Three times: look, then delete; and a last look. The claims of jobs that are gone, and operations. The newest hour
-    # that was counted, and a locked look at the tallies.
-    with django_assert_num_queries(2 * asks_for_the_time + 3 * 2 + 1 + 1 + 1 + 1 + 3):
+    # Three times: look, then delete; and a last look. A look at what is claimed, the claims of jobs that are gone, and
+    # operations. The newest hour that was counted, and a locked look at the tallies.
+    with django_assert_num_queries(2 * asks_for_the_time + 3 * 2 + 1 + 2 + 1 + 1 + 3):
         selfheal_prune()
     assert not Run.objects.exists()
 
@@ -171,6 +171,8 @@ def test_what_is_asked_for_each_row_and_each_tick_uses_an_index():
         claimed.filter(job="do_task", model="cast.task", object_pk="1"),
         claimed.filter(model="cast.task", object_pk__in=["1", "2"]),
         claimed.of_rows("do_task", "cast.task", ["1", "2"]),
+        # Who waits in line, asked after each attempt.
+        claimed.due().filter(model="cast.task", object_pk="1"),
         Run.objects.filter(model="cast.task", object_pk="1"),
         Run.objects.filter(job="do_task").order_by("finished_at"),
         Run.objects.filter(finished_at__lt=timezone.now()).order_by("finished_at"),

@@ -91,8 +91,11 @@ def test_after_the_last_attempt_comes_quarantine(delivery, merchant):
         assert perform(deliver, delivery) == "failed"
         Claim.objects.queue_now()
     assert perform(deliver, delivery) == "quarantined"
-    # Mended by hand: the next sweep settles it.
+    # Mended by hand: the sweep settles it when it has not matched for a day.
     Delivery.objects.update(state=State.CANCELLED)
+    schedule_deliveries.sweep()
+    assert Claim.objects.exists()
+    Claim.objects.update(unmatched_since=timezone.now() - timedelta(days=1))
     schedule_deliveries.sweep()
     assert not Claim.objects.exists()
 
