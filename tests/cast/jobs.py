@@ -57,8 +57,10 @@ def do_task(task: Task) -> None:
     if task.behaviour == "raise_once" and not Path(f"{os.environ['CAST_LEDGER']}.{task.pk}").exists():
         Path(f"{os.environ['CAST_LEDGER']}.{task.pk}").touch()
         raise RuntimeError(f"task {task.pk} fails once")
-    if leave := LEAVINGS.get(task.behaviour):
+    if leave := LEAVINGS.get(task.behaviour.removesuffix("_and_return")):
         leave()
+        if task.behaviour.endswith("_and_return"):
+            return
         raise RuntimeError(f"task {task.pk} fails, and has left something behind")
     if task.behaviour == "kill_my_process":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -334,22 +334,6 @@ def test_in_a_transaction_of_the_jobs_own_it_says_that_it_must_not_be(task, doin
     assert "opens with_lock inside a transaction of its own" in Run.objects.get().error
 
 
-@pytest.mark.parametrize("how", ["BEGIN", "no autocommit"])
-def test_a_job_that_leaves_a_transaction_open_has_failed(task, doing, how):
-    def work(row: Task) -> None:
-        begin() if how == "BEGIN" else transaction.set_autocommit(False)
-        of(task).update(state="done")
-
-    outcome = None
-    try:
-        with suppress(claims.DatabaseError):
-            outcome = perform(doing(work), task)
-    finally:
-        connection.close()
-    assert outcome in (None, "failed")
-    assert of(task).get().state == "pending"
-
-
 def test_several_locks_one_after_the_other(task, doing):
     def work(row: Task) -> None:
         for _ in range(3):

@@ -29,3 +29,13 @@ def test_its_error_is_kept_and_its_attempt_is_counted(stack: Stack, behaviours: 
         stack.wait_for(lambda task=task: stack.runs(task) == ["failed"], f"{task} failed")
         assert "has left something behind" in Run.objects.get(object_pk=str(task.pk)).error
     assert set(Claim.objects.values_list("attempts", "crashes", "deaths")) == {(1, 0, 0)}
+
+
+def test_with_a_transaction_left_open_it_has_failed_and_is_told_so(stack: Stack) -> None:
+    behaviours = ("leave_autocommit_off", "leave_atomic_open", "leave_begun")
+    tasks = [Task.objects.create(behaviour=f"{behaviour}_and_return") for behaviour in behaviours]
+    do_task.enqueue_many(tasks)
+    stack.worker()
+    for task in tasks:
+        stack.wait_for(lambda task=task: stack.runs(task) == ["failed"], f"{task} failed")
+        assert "has left a transaction open on default" in Run.objects.get(object_pk=str(task.pk)).error
