@@ -103,6 +103,9 @@ class Worker(worker.Worker):
             here().wait(30, lambda: world.pushes > pushes or self._stop_requested, "BLPOP")
         return popped
 
+    def kill_horse(self, sig: int = 9) -> None:
+        self.child.end(-sig)
+
     def _pause(self, seconds: float) -> None:
         here().wait(seconds, lambda: self._stop_requested)
 
