@@ -96,8 +96,8 @@ class Attempt:
     first_claimed_at: datetime | None = None
     # How many transactions were open around it, on which connection: none, save in a test.
     depths: dict[str, int] = field(default_factory=dict)
-    # Its job has written to the row, which need not match its sweep any more.
-    has_written: bool = False
+    # Its job has itself brought the row to where its sweep does not match it any more.
+    has_finished: bool = False
 
     @property
     def work(self) -> str:
@@ -536,9 +536,9 @@ def with_lock(row: Model) -> Iterator[Model]:
     Inside a swept job the row is read through the sweep's queryset, and just before the commit it is made sure that the
     claim is still this attempt's. So a change that a user made while the job worked is never overwritten. Raises
     `NoLongerNeeded` when the row is gone or no longer matches, and `LeaseLost` at the end of the block, which is rolled
-    back, when the claim is not ours; let both pass, the worker ends quietly. Once the job has written to its row, that
-    need not match any more: the job may have finished it. For another row than the job's the match is not asked for.
-    Nested, it is a savepoint. Outside a job it is a row lock.
+    back, when the claim is not ours; let both pass, the worker ends quietly. Once the job itself has written what its
+    sweep does not match any more, a later block asks only whether the row is there, as it does for another row than
+    the job's. Nested, it is a savepoint. Outside a job it is a row lock.
 
     Raises `TypeError` for what is no row, `TransactionManagementError` inside of a transaction of the job's own, and
     the database's `OperationalError` when somebody else keeps the row locked for longer than a third of `HEARTBEAT`.
@@ -564,8 +564,8 @@ def with_lock(row: Model) -> Iterator[Model]:
             stack.enter_context(transaction.atomic(_database()))
         stack.enter_context(transaction.atomic(using))
         # The row first and the claim last: whoever waits for a row keeps nobody from the claim.
-        stack.enter_context(_locked(row, using, attempt))
-        yield row
+        with _locked(row, using, attempt):
+            yield row
         _renew_or_lose(attempt)
 
 
@@ -574,29 +574,31 @@ def _locked(row: Model, using: str, attempt: Attempt | None) -> Iterator[None]:
     """Lock the row and read it again, in a transaction that is there already."""
     is_own = attempt is not None and attempt.is_on(row)
     rows: QuerySet[Any] = QuerySet(type(row), using=using)
+    must_match = attempt is not None and is_own and not attempt.has_finished
     try:
         _lock(row, using)
-        if attempt is not None and is_own and not attempt.has_written:
-            # In a subquery: its joins may find the row twice, and what it loads of a row is its affair.
-            rows = rows.filter(pk__in=attempt.declared.rows().using(using).filter(pk=row.pk).values("pk"))
-        row.refresh_from_db(from_queryset=rows)
+        row.refresh_from_db(from_queryset=_matching(rows, row, attempt) if attempt and must_match else rows)
     except ObjectDoesNotExist:
         if attempt is not None and is_own:
             raise NoLongerNeeded.of(attempt.work) from None
         raise
     token = _locked_on.set(connections[using])
-    had_written = attempt is not None and attempt.has_written
-    if attempt is not None and is_own:
-        attempt.has_written = True
+    if attempt and must_match:
+        # Nested, a row that matches no longer is this job's own doing.
+        attempt.has_finished = True
+    finished = False
     try:
         yield
-    except BaseException:
-        # Taken back.
-        if attempt is not None:
-            attempt.has_written = had_written
-        raise
+        finished = bool(attempt and must_match) and not _matching(rows, row, cast(Attempt, attempt)).exists()
     finally:
         _locked_on.reset(token)
+        if attempt and must_match:
+            attempt.has_finished = finished
+
+
+def _matching(rows: QuerySet[Any], row: Model, attempt: Attempt) -> QuerySet[Any]:
+    # In a subquery: the sweep's joins may find the row twice, and what it loads of a row is its affair.
+    return rows.filter(pk__in=attempt.declared.rows().using(rows.db).filter(pk=row.pk).values("pk"))
 
 
 def _renew_or_lose(attempt: Attempt) -> None:

@@ -17,6 +17,7 @@ from django.utils.translation import gettext as _
 
 from jobs import claims, clock, registry
 from jobs.claims import with_lock
+from jobs.deletion import delete
 from jobs.job import Job
 from jobs.message import label, pk_value
 from jobs.models import Claim, ClaimQuerySet, Operation
@@ -48,7 +49,7 @@ def apply(action: str, meant: ClaimQuerySet) -> list[Claim]:
         changed = list(meant.can(action).only("job", "model", "object_pk").order_by("pk").select_for_update())
         left_behind = {claim.pk for claim in changed if claim.is_left_behind}
         if action != Operation.Action.QUARANTINE:
-            meant.can(action).filter(pk__in=left_behind).delete()
+            delete(meant.can(action).filter(pk__in=left_behind))
         getattr(Claim.objects.filter(pk__in=[claim.pk for claim in changed]), action)()
     return changed
 

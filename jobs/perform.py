@@ -188,7 +188,7 @@ def _is_inside(attempt: Attempt) -> bool:
 
 def _is_still_needed(attempt: Attempt) -> bool:
     """Whether the row matches after a success. It is a success whatever the queryset has to say."""
-    if not attempt.declared.is_swept or attempt.declared.works_in_parts:
+    if not attempt.declared.is_swept or attempt.declared.works_in_parts or attempt.has_finished:
         return False
     try:
         rows = attempt.declared.rows()

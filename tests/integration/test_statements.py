@@ -42,18 +42,17 @@ def test_every_statement_of_a_job_that_succeeds(task):
         f"INSERT {CLAIM}",
         # Not before the claim: what the row says now can be changed by nobody else's attempt.
         f"SELECT {TASK}",
-        # `with_lock`: the claim is still ours, is renewed, and stays so until the commit ...
+        # `with_lock`: the row is locked ...
         "BEGIN",
-        f"UPDATE {CLAIM}",
-        # ... the row is locked ...
         f"LOCK {TASK}",
         # ... and read only then: a SELECT that waits for a lock may answer from before it waited.
         f"SELECT {TASK}",
-        # The job's own write, and what makes it durable.
+        # The job's own write. Was that all? A success whose row still needs the work is written down as one.
         f"UPDATE {TASK}",
-        "COMMIT",
-        # Was that all? A success whose row still needs the work is written down as one.
         f"SELECT {TASK}",
+        # The claim is still ours, is renewed, and stays so until the commit. Last: nobody waits for it meanwhile.
+        f"UPDATE {CLAIM}",
+        "COMMIT",
         # The end: claim and history in one transaction, so that neither is there without the other.
         "BEGIN",
         f"DELETE {CLAIM}",

@@ -30,10 +30,9 @@ pytestmark = pytest.mark.once
 
 
 def test_with_the_lease_no_row_is_worked_by_two_at_once(home):
-    few = ["--databases", "9", "--disasters", "worker-killed,child-killed"]
-    demo = run_demo(home, "tests.settings", *few)
+    demo = run_demo(home, "tests.settings", "--disasters", "worker-killed,child-killed")
     assert demo.returncode == 0, demo.stdout + demo.stderr
-    assert "Created 9, ready 9, deleted 0, lost 0, worked by two at once 0." in demo.stdout
+    assert "Created 18, ready 17, deleted 1, lost 0, worked by two at once 0." in demo.stdout
 
 
 @pytest.mark.long
