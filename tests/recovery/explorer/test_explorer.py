@@ -48,22 +48,11 @@ def test_a_planted_bug_is_found_by_the_faults_that_it_cannot_bear(exploring, bug
         return exploring.run(seed, Chooser(seed, FOUND_BY[bug])).violation
 
     with BUGS[bug]():
-        found = next(filter(violation, range(100)), None)
+        first = FROM_SEED.get(bug, 0)
+        found = next(filter(violation, range(first, first + 100)), None)
     assert found is not None, f"{bug} was not found"
     # It was the bug that was found, and nothing else.
     assert not violation(found)
-
-
-@pytest.mark.once
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_found_among_all_faults(exploring, bug):
-    first = FROM_SEED.get(bug, 0)
-    with BUGS[bug]():
-        found = next((seed for seed in range(first, first + 1000) if exploring.run(seed).violation), None)
-    assert found is not None, f"{bug} was not found"
-    assert not exploring.run(found).violation
 
 
 @pytest.mark.once
