@@ -12,4 +12,5 @@ def delete(rows: QuerySet[Any]) -> int:
     As soon as anybody in the project listens to `post_delete`, Django's own `delete()` reads every row first, whole:
     a history with all its tracebacks. And what it then deletes is what it has read, and not what still matches.
     """
-    return int(rows._raw_delete(router.db_for_write(rows.model)))
+    # Of no rows at all there is no statement, and no number.
+    return int(rows._raw_delete(router.db_for_write(rows.model)) or 0)

@@ -34,7 +34,7 @@ def test_heartbeat_cut_off_from_the_database(stack: Stack) -> None:
 
 
 def test_locked_while_everybody_is_at_work(stack: Stack) -> None:
-    """A lock that is held for less than a lease costs nothing but time."""
+    """A lock that is held for less than a lease costs an attempt at most, and never a death."""
     tasks = [Task.objects.create(seconds=1) for _ in range(2)]
     stack.scheduler()
     stack.worker("one")
@@ -47,8 +47,11 @@ def test_locked_while_everybody_is_at_work(stack: Stack) -> None:
         stack.wait_for(lambda: time.monotonic() - locked_at > LEASE / 2, "half a lease")
         assert {stack.state(task) for task in tasks} == {"pending"}
     stack.wait_until_done(*tasks)
-    assert [stack.runs(task) for task in tasks] == [["done"], ["done"]]
-    assert [len(stack.intervals(task)) for task in tasks] == [1, 1]
+    for task in tasks:
+        # On PostgreSQL nobody waits for a lock for that long.
+        *before, last = stack.runs(task)
+        assert (set(before) - {"failed"}, last) == (set(), "done")
+        assert stack.writes(task) == 1
 
 
 @pytest.mark.parametrize(
