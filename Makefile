@@ -34,7 +34,7 @@ run: .venv  ## run the whole stack until Ctrl-C, with the admin in a browser (AR
 # processes: what failed beside the others is run once more by itself, and fails for good.
 define pytest
 	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(1) $(ARGS) || case $$? in \
-		1) $(VENV)/bin/python -m pytest --last-failed --last-failed-no-failures none --exitfirst $(1) ;; \
+		1) $(VENV)/bin/python -m pytest --last-failed --last-failed-no-failures none --exitfirst $(1) $(ARGS) ;; \
 		5) $(if $(ARGS),$(VENV)/bin/python -m pytest --collect-only --quiet $(1) $(ARGS) || [ $$? = 5 ],false) ;; \
 		*) false ;; \
 	esac
