@@ -572,28 +572,30 @@ def with_lock(row: Model) -> Iterator[Model]:
 @contextlib.contextmanager
 def _locked(row: Model, using: str, attempt: Attempt | None) -> Iterator[None]:
     """Lock the row and read it again, in a transaction that is there already."""
-    is_own = attempt is not None and attempt.is_on(row)
+    own = attempt if attempt is not None and attempt.is_on(row) else None
+    to_match = own if own is not None and not own.has_finished else None
     rows: QuerySet[Any] = QuerySet(type(row), using=using)
-    must_match = attempt is not None and is_own and not attempt.has_finished
     try:
         _lock(row, using)
-        row.refresh_from_db(from_queryset=_matching(rows, row, attempt) if attempt and must_match else rows)
+        row.refresh_from_db(from_queryset=_matching(rows, row, to_match) if to_match else rows)
     except ObjectDoesNotExist:
-        if attempt is not None and is_own:
-            raise NoLongerNeeded.of(attempt.work) from None
+        if own is not None:
+            raise NoLongerNeeded.of(own.work) from None
         raise
     token = _locked_on.set(connections[using])
-    if attempt and must_match:
-        # Nested, a row that matches no longer is this job's own doing.
-        attempt.has_finished = True
     finished = False
     try:
+        if to_match is None:
+            yield
+            return
+        # Nested, a row that matches no longer is this job's own doing.
+        to_match.has_finished = True
         yield
-        finished = bool(attempt and must_match) and not _matching(rows, row, cast(Attempt, attempt)).exists()
+        finished = not _matching(rows, row, to_match).exists()
     finally:
         _locked_on.reset(token)
-        if attempt and must_match:
-            attempt.has_finished = finished
+        if to_match is not None:
+            to_match.has_finished = finished
 
 
 def _matching(rows: QuerySet[Any], row: Model, attempt: Attempt) -> QuerySet[Any]:

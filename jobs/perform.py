@@ -107,7 +107,7 @@ def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome | _OtherwiseW
         _raise_if_asked_to_stop(error)
         described = _describe(error, attempt.work)
         _let_go(error)
-        outcome, end = "failed", lambda: claims.fail(attempt, *described, needed=_is_needed(attempt))
+        outcome, end = "failed", lambda: claims.fail(attempt, *described, needed=_matches(attempt) is not False)
     else:
         outcome, end = "done", lambda: claims.settle(attempt, kept, _is_still_needed(attempt))
     _write_down(end)
@@ -168,33 +168,31 @@ def _read(rows: QuerySet[Any], pk: str) -> Any:
     return row
 
 
-def _is_needed(attempt: Attempt) -> bool:
-    """Whether the row still matches after a failure. A queryset that fails itself answers nothing: then it does."""
+def _matches(attempt: Attempt) -> bool | None:
+    """Whether the row matches its sweep now. None when the queryset fails itself, which is logged and answers nothing.
+
+    Raises what the database raises when it is away.
+    """
     try:
         _read(attempt.declared.rows(), attempt.pk)
+        return True
     except NoLongerNeeded:
         return False
     except Exception as error:
-        if isinstance(error, database.MAY_BE_AWAY) and not _is_inside(attempt) and not database.answers():
+        is_alone = not any(attempt.depths.values())
+        # Not inside of a transaction around it, as in a TestCase: to ask on another connection would end that.
+        if is_alone and isinstance(error, database.MAY_BE_AWAY) and not database.answers():
             raise
         logger.exception("The rows of %s cannot be read", attempt.declared.name)
-    return True
-
-
-def _is_inside(attempt: Attempt) -> bool:
-    """Whether a transaction is open around the attempt, as in a TestCase."""
-    return any(attempt.depths.values())
+        return None
 
 
 def _is_still_needed(attempt: Attempt) -> bool:
-    """Whether the row matches after a success. It is a success whatever the queryset has to say."""
-    if not attempt.declared.is_swept or attempt.declared.works_in_parts or attempt.has_finished:
+    """Whether the row needs the work after a success, which it is whatever the queryset has to say."""
+    declared = attempt.declared
+    if not declared.is_swept or declared.works_in_parts or attempt.has_finished:
         return False
-    try:
-        rows = attempt.declared.rows()
-        return bool(rows.filter(pk=pk_value(rows.model, attempt.pk)).exists())
-    except Exception:
-        return False
+    return _matches(attempt) is True
 
 
 def _write_down(statement: Callable[[], None]) -> None:

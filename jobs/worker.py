@@ -69,7 +69,7 @@ def _watch() -> None:
     faulthandler.dump_traceback_later(conf.LEASE.total_seconds(), exit=True, file=sys.__stderr__ or sys.stderr)
 
 
-def _end(attempt: claims.Attempt, note: Callable[[], object]) -> None:
+def _note(attempt: claims.Attempt, note: Callable[[], object]) -> None:
     """Write down how an attempt has ended whose process could not, and queue who waits for its row."""
     note()
     enqueue.next_in_line(attempt.model, attempt.pk)
@@ -368,7 +368,7 @@ class Worker(RQWorker):
             self._kill_requested = False
             # In a child too, since the database may hang. If it cannot be written down, the lease runs out, and whoever
             # takes the row next counts the crash.
-            _, noted, _ = self._in_child(f"the death of {message.id}", partial(_end, attempt, note), NOTE_SECONDS)
+            _, noted, _ = self._in_child(f"the death of {message.id}", partial(_note, attempt, note), NOTE_SECONDS)
             is_away = noted != 0
         if is_away:
             # The next message would meet the same; what is in the queue had better stay there.
