@@ -65,6 +65,9 @@ def _kept_postgres(connection: Any) -> Callable[[], None]:
             filled text;
         BEGIN
             SET LOCAL lock_timeout = '30s';
+            -- Those of processes that were killed: what they had begun would hold locks for a moment yet.
+            PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
+            WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend';
             SELECT string_agg(name, ', ') INTO filled
             FROM unnest(ARRAY[{", ".join(f"'{name}'" for name in names)}]) AS name WHERE pg_relation_size(name) > 0;
             EXECUTE 'TRUNCATE ' || filled || ' CASCADE';

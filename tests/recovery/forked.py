@@ -99,7 +99,7 @@ class ForkingSupervisor(Supervisor):
         return forked
 
     def _is_marked(self, process: psutil.Process) -> bool:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
             if os.getsid(process.pid) in self._sessions:
                 return process.status() != psutil.STATUS_ZOMBIE
         return super()._is_marked(process)
