@@ -3,9 +3,9 @@
 Django's own way is to empty every table and have every app make its rows again. That takes longer than most tests.
 """
 
+import atexit
 import sqlite3
 from collections.abc import Callable
-from typing import Any
 
 from django.db import connections
 from django.test import TransactionTestCase
@@ -15,7 +15,7 @@ def keep(alias: str = "default") -> Callable[[], None]:
     """Remember the database as it is now. Returns what puts it back."""
     connection = connections[alias]
     connection.ensure_connection()
-    return _kept_sqlite(connection) if connection.vendor == "sqlite" else _kept_postgres(connection)
+    return _kept_sqlite(alias) if connection.vendor == "sqlite" else _kept_postgres(alias)
 
 
 def replace_flush(restore: Callable[[], None]) -> Callable[[TransactionTestCase], None]:
@@ -31,11 +31,16 @@ def replace_flush(restore: Callable[[], None]) -> Callable[[TransactionTestCase]
     return teardown
 
 
-def _kept_sqlite(connection: Any) -> Callable[[], None]:
+# The connection is asked for each time: where asyncio has a loop in this thread, as for a browser, Django has another.
+
+
+def _kept_sqlite(alias: str) -> Callable[[], None]:
     kept = sqlite3.connect(":memory:", check_same_thread=False)
-    connection.connection.backup(kept)
+    atexit.register(kept.close)
+    connections[alias].connection.backup(kept)
 
     def restore() -> None:
+        connection = connections[alias]
         if connection.connection is not None and connection.connection.in_transaction:
             connection.close()
         connection.ensure_connection()
@@ -44,7 +49,8 @@ def _kept_sqlite(connection: Any) -> Callable[[], None]:
     return restore
 
 
-def _kept_postgres(connection: Any) -> Callable[[], None]:
+def _kept_postgres(alias: str) -> Callable[[], None]:
+    connection = connections[alias]
     names = sorted(connection.introspection.table_names())
     # Foreign keys are looked at when the transaction commits, so the order is all the same.
     put_back = []
@@ -76,9 +82,10 @@ def _kept_postgres(connection: Any) -> Callable[[], None]:
     """
 
     def restore() -> None:
+        connection = connections[alias]
         raw = connection.connection
-        # Left in a transaction, it would keep this one open, or its locks.
-        if raw is not None and (not raw.autocommit or raw.info.transaction_status):
+        # Left in a transaction, it would keep this one open, or its locks. And another may have ended its session.
+        if raw is not None and (not raw.autocommit or raw.info.transaction_status or not connection.is_usable()):
             connection.close()
         with connection.cursor() as cursor:
             cursor.execute(statement)

@@ -38,6 +38,10 @@ def in_a_child(work: Callable[[], Any]) -> int:
     if child == 0:
         code = 1
         try:
+            # Where asyncio has a loop in this thread, as for a browser, Django keeps its connections by that loop. The
+            # child has none, and would be handed those of before: open, and shared.
+            for each in connections.all(initialized_only=True):
+                del connections[each.alias]
             work()
             code = 0
         finally:

@@ -1,5 +1,6 @@
 """`make run`, as a person uses it: started, looked at, ended."""
 
+import contextlib
 import os
 import re
 import signal
@@ -65,12 +66,17 @@ class Run:
         """Whatever lives and belongs to this folder, its servers included; of PostgreSQL's many the first."""
 
         def belongs(process: psutil.Process) -> bool:
-            try:
-                ours = process.environ().get("SELFHEAL_HOME") == str(self.home)
-                parent = process.parent()
-                return ours and not (process.name() == "postgres" and parent and parent.name() == "postgres")
-            except psutil.Error:
-                return False
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SELFHEAL_HOME") == str(self.home):
+                    return not is_fork(process)
+            return False
+
+        def is_fork(process: psutil.Process) -> bool:
+            # PostgreSQL's write on their command line what they are at. Of ours, a scheduler's tick is one.
+            with contextlib.suppress(psutil.Error):
+                if parent := process.parent():
+                    return process.name() == parent.name() == "postgres" or process.cmdline() == parent.cmdline()
+            return False
 
         return [process.pid for process in psutil.process_iter() if belongs(process)]
 
@@ -85,10 +91,14 @@ def start(tmp_path):
 
     yield start
     for run in runs:
-        for pid in [run.process.pid, *run.processes()]:
-            if psutil.pid_exists(pid):
-                os.kill(pid, signal.SIGKILL)
+        run.process.kill()
         run.process.wait()
+        # Again, for what was the fork of one of them.
+        while left := run.processes():
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
 
 def fetch(port: int) -> str:

@@ -18,9 +18,11 @@ pytestmark = pytest.mark.postgres
 
 
 def waiting() -> int:
-    """How many sessions wait for a lock."""
+    """How many of the stack's sessions wait for a lock."""
     with connection.cursor() as cursor:
-        cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        cursor.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
         return int(cursor.fetchone()[0])
 
 

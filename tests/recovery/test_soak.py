@@ -69,7 +69,7 @@ def test_without_the_lease_two_are_at_one_row(home, monkeypatch):
     # Sweeps queue again what is being worked on, a free worker takes it, and no heartbeat ends the first one so soon.
     # Few rows, so that workers are free: behind all of them, what was queued again would wait until its row has ended.
     monkeypatch.setitem(INTERVALS, "HEARTBEAT", 3)
-    code, said = soak(home, settings="tests.recovery.soak_without_lease", disasters="none", rate="0.1", minutes="0.3")
+    code, said = soak(home, settings="tests.recovery.soak_without_lease", disasters="none", rate="0.2", minutes="0.6")
     assert code == 1, said
     assert int(re.search(r"at once (\d+)", said)[1]) > 0
     # And with evidence: the row, both processes, and for how long.
