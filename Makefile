@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 # More test processes than cores: the recovery tests mostly wait.
-WORKERS ?= 4
+WORKERS ?= 5
 MINUTES ?= 20
 ARGS ?=
 # Where the tests run: here, or in one of the two that `make matrix` makes.

@@ -340,6 +340,8 @@ class PostgresServer(Server):
             "fsync": self._waits_for_disk,
             "full_page_writes": self._waits_for_disk,
             "jit": "off",
+            # In its folder, which goes as a whole: what a server that was killed has elsewhere stays in memory for ever.
+            "dynamic_shared_memory_type": "mmap",
         }
         settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
         argv = [str(postgres_binary("postgres")), "-D", str(self._data), "-p", str(self.port), *settings]

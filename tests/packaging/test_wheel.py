@@ -186,11 +186,12 @@ OF_THE_README = {
 LABELLED = {"vacancies": {"apps.py": LABELLED_JOBS, "models.py": VACANCY}}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "others",
     [
         pytest.param({}, id="alone"),
-        pytest.param(LABELLED, id="beside an app with the label jobs", marks=pytest.mark.long),
+        pytest.param(LABELLED, id="beside an app with the label jobs"),
     ],
 )
 def test_a_strangers_project_heals(others, python, tmp_path, redis_server: RedisServer, redis: Redis):

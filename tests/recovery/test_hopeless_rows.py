@@ -3,6 +3,7 @@
 import itertools
 import time
 
+import pytest
 from django.utils import timezone
 
 from jobs.claims import STILL_NEEDED
@@ -11,6 +12,8 @@ from jobs.models import Claim
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import LEASE, Stack
+
+pytestmark = pytest.mark.long_on_sqlite
 
 
 def test_one_that_raises_and_one_that_kills_among_a_hundred_good_ones(stack: Stack) -> None:

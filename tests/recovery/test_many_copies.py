@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from django.db import connections
 
 from jobs.models import Schedule
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import Stack
+
+pytestmark = pytest.mark.long_on_sqlite
 
 MANY = 100
 

@@ -2,11 +2,15 @@
 
 import json
 
+import pytest
+
 from jobs.models import Claim
 from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import INTERVALS, LEASE, Stack
 from tests.recovery.traps import Trap
+
+pytestmark = pytest.mark.long_on_sqlite
 
 
 def test_child_frozen_past_its_lease(stack: Stack) -> None:

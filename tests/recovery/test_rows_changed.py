@@ -4,6 +4,7 @@ import itertools
 import time
 from datetime import timedelta
 
+import pytest
 from django.db import transaction
 from django.utils import timezone
 
@@ -11,6 +12,8 @@ from jobs.models import Claim, Run
 from tests.cast.jobs import delete_task, do_task
 from tests.cast.models import Task
 from tests.recovery.conftest import PATIENCE, Stack
+
+pytestmark = pytest.mark.long_on_sqlite
 
 
 def test_deleted_while_its_job_works(stack: Stack) -> None:

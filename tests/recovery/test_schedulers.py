@@ -14,6 +14,8 @@ from tests.cast.models import Task
 from tests.recovery.conftest import Stack
 from tests.recovery.traps import Trap
 
+pytestmark = pytest.mark.long_on_sqlite
+
 
 def come_due(name: str = "nightly") -> None:
     """Make a schedule due now. It is due again tomorrow, so no later run can hide that this one was lost."""

@@ -14,6 +14,8 @@ from tests.cast.models import Task
 from tests.recovery.conftest import A_LONG_LEASE, LEASE, Stack
 from tests.recovery.traps import Trap
 
+pytestmark = pytest.mark.long_on_sqlite
+
 
 def test_worker_and_child_killed(stack: Stack) -> None:
     task = Task.objects.create(seconds=3)
