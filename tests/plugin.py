@@ -24,7 +24,8 @@ MARKERS = {
     "postgres": "about PostgreSQL; left out on SQLite",
     "any_database": "says nothing about the database of the run, or brings its own; left out on PostgreSQL",
     "once": "any_database, and says nothing about the versions under it either; left out with --versions",
-    "long_on_sqlite": "takes long, and says much the same on both; left out on SQLite without --long",
+    "long_on_sqlite": "takes long, and says much the same on both; left out on SQLite in `make test`",
+    "long_on_postgres": "takes long, and says much the same on both; left out on PostgreSQL in `make test`",
     "long": "takes longer than `make test` has time for; left out without --long, which .ci/run asks for",
 }
 
@@ -111,9 +112,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     on_sqlite = connection.vendor == "sqlite"
     left_out = {"postgres"} if on_sqlite else {"sqlite", "any_database", "once"}
     if not config.option.long:
-        left_out |= {"long", "long_on_sqlite"} if on_sqlite else {"long"}
+        left_out.add("long")
     if config.option.versions:
         left_out.add("once")
+    elif not config.option.long:
+        left_out.add("long_on_sqlite" if on_sqlite else "long_on_postgres")
     deselected = [item for item in items if any(mark.name in left_out for mark in item.iter_markers())]
     if deselected:
         config.hook.pytest_deselected(items=deselected)

@@ -39,7 +39,7 @@ from tests.cast.jobs import do_keyed, do_task, touch_file
 from tests.cast.models import Keyed, Task
 from tests.integration.conftest import DEFAULT_LIST, URGENT_LIST
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.long_on_postgres, pytest.mark.django_db(transaction=True)]
 
 # django-rq's own pages, which this project does not mount. They extend the admin's.
 urlpatterns = [path("django-rq/", include("django_rq.urls")), path("admin/", admin.site.urls)]

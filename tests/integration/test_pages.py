@@ -18,7 +18,7 @@ from jobs.templatetags.selfheal import ago, sparkline
 from tests.integration.test_health import ended
 from tests.machine import within
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.long_on_postgres, pytest.mark.django_db(transaction=True)]
 
 GLANCE = "/admin/selfheal/health/"
 FAILURES = "/admin/selfheal/failure/"

@@ -26,7 +26,7 @@ from tests.integration.conftest import BACKGROUND_LIST
 from tests.integration.test_enqueue import PLAIN, SWEPT
 from tests.machine import within
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.long_on_postgres, pytest.mark.django_db(transaction=True)]
 
 
 @pytest.fixture(autouse=True)

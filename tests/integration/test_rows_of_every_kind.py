@@ -38,7 +38,7 @@ from tests.cast.models import (
 )
 from tests.integration.conftest import DEFAULT_LIST
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.long_on_postgres, pytest.mark.django_db]
 
 Rows = Callable[[], QuerySet[Any]]
 

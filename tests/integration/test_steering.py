@@ -30,7 +30,7 @@ from tests.cast.jobs import do_task
 from tests.cast.models import Task
 from tests.machine import within
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.long_on_postgres, pytest.mark.django_db]
 
 SCHEDULES = "/admin/selfheal/schedule/"
 CLAIMS = "/admin/selfheal/claim/"

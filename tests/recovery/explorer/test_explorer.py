@@ -27,6 +27,7 @@ def exploring(redis_server: RedisServer) -> Iterator[Explorer]:
         yield made
 
 
+@pytest.mark.long_on_postgres
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
 def test_a_seed_replays_exactly(exploring, seed):
     one, other = exploring.run(seed), exploring.run(seed)
