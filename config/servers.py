@@ -340,7 +340,7 @@ class PostgresServer(Server):
             "fsync": self._waits_for_disk,
             "full_page_writes": self._waits_for_disk,
             "jit": "off",
-            # In its folder, which goes as a whole: what a server that was killed has elsewhere stays in memory for ever.
+            # In its folder, which goes as a whole: elsewhere, what a killed server has stays in memory for ever.
             "dynamic_shared_memory_type": "mmap",
         }
         settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
