@@ -108,6 +108,20 @@ def freeze(world: World, actor: Actor, for_seconds: float, grace: int) -> None:
     actor.process.grace = grace
 
 
+@fault(4, one_of(2, 5, 10, 20))
+def freeze_until_overtaken(world: World, actor: Actor, grace: int) -> None:
+    """SIGSTOP to who works on a row, and SIGCONT while somebody else does."""
+    # Not with a lock that keeps everybody else from it, nor when nobody else is left to take it.
+    is_another = any(each.thaws_when_overtaken for each in world.processes)
+    holds_lock = any(each.connection is not None and each.connection.in_atomic_block for each in actor.process.actors)
+    at_work = any(actor.process in each for each in world.invariants.at_work_on.values())
+    if at_work and not holds_lock and not is_another:
+        world.count("freeze until overtaken")
+        actor.process.thaws_when_overtaken = True
+        actor.process.frozen_until = actor.process.excused_at = world.monotonic + 300
+        actor.process.grace = grace
+
+
 @fault(1, one_of("scheduler", "worker"), seconds(20, 240))
 def outage(world: World, actor: Actor, kind: str, for_seconds: float) -> None:
     """All processes of a kind die, and nobody starts others."""

@@ -55,7 +55,7 @@ class Invariants:
     def __init__(self, world: World) -> None:
         self.world = world
         self.seen = Seen({}, [])
-        self._at_work: dict[str, list[Process]] = defaultdict(list)
+        self.at_work_on: dict[str, list[Process]] = defaultdict(list)
         self.reports: set[int] = set()
         self.commits = 0
 
@@ -133,14 +133,17 @@ class Invariants:
     def at_work(self, actor: Actor, what: str) -> Iterator[None]:
         """Two at once are an error, unless one of them stood still for too long, or the clock jumped under it."""
         process = actor.process
-        others = [each for each in self._at_work[what] if each.is_alive and not each.is_excused]
+        others = [each for each in self.at_work_on[what] if each.is_alive and not each.is_excused]
         if others and not process.is_excused:
             self.world.fail(f"{process} and {others} are at work on {what} at once")
-        self._at_work[what].append(process)
+        for each in self.at_work_on[what]:
+            if each.thaws_when_overtaken:
+                each.thaw()
+        self.at_work_on[what].append(process)
         try:
             yield
         finally:
-            self._at_work[what].remove(process)
+            self.at_work_on[what].remove(process)
 
     # --- In Redis -----------------------------------------------------------------------------------------------------
 

@@ -22,9 +22,6 @@ Bug = Callable[[], AbstractContextManager[Any]]
 BUGS: dict[str, Bug] = {}
 # The faults by which each is found soon: with them alone, one of the first seeds does. Without any, one of all faults'.
 FOUND_BY: dict[str, tuple[str, ...]] = {}
-# Not found within a hundred seeds with every version of Python: a process has to be resumed, past its lease, within the
-# block of `with_lock`. That one lets nothing be committed is proven in tests/integration/test_with_lock.py.
-HARD_TO_FIND = {"no_fence"}
 
 
 def bug(*found_by: str) -> Callable[[Callable[[], Iterator[None]]], Bug]:
@@ -37,7 +34,7 @@ def bug(*found_by: str) -> Callable[[Callable[[], Iterator[None]]], Bug]:
     return declare
 
 
-@bug("freeze")
+@bug("freeze_until_overtaken")
 def no_fence() -> Iterator[None]:
     """with_lock does not ask whether the claim is still there."""
     with mock.patch.object(claims, "_renew_or_lose", return_value=None):

@@ -9,7 +9,7 @@ import pytest
 from config.servers import RedisServer
 from tests.recovery.explorer.chooser import Chooser, Script
 from tests.recovery.explorer.explore import Explorer, _kind, explorer
-from tests.recovery.explorer.planted import BUGS, FOUND_BY, HARD_TO_FIND
+from tests.recovery.explorer.planted import BUGS, FOUND_BY
 from tests.recovery.explorer.shrink import shortest
 
 pytestmark = [
@@ -43,7 +43,7 @@ def test_a_trace_replays_exactly(exploring):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("bug", sorted(set(BUGS) - HARD_TO_FIND))
+@pytest.mark.parametrize("bug", sorted(BUGS))
 def test_a_planted_bug_is_found_by_the_faults_that_it_cannot_bear(exploring, bug):
     def violation(seed: int) -> str | None:
         return exploring.run(seed, Chooser(seed, FOUND_BY[bug])).violation

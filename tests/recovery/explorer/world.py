@@ -54,6 +54,8 @@ class Process:
         self.pid = world.next_pid()
         self.exit_code: int | None = None
         self.frozen_until = 0.0
+        # Frozen until somebody else is at work on its row.
+        self.thaws_when_overtaken = False
         # When the interpreter's watchdog ends it, and how many cuts it may come after it was resumed too late.
         self.watchdog_at: float | None = None
         self.grace = 0
@@ -91,6 +93,11 @@ class Process:
     def is_overdue(self) -> bool:
         """Whether its watchdog has to end it."""
         return self.watchdog_at is not None and self.watchdog_at < self.world.monotonic and not self.is_frozen
+
+    def thaw(self) -> None:
+        self.thaws_when_overtaken = False
+        self.frozen_until = min(self.frozen_until, self.world.monotonic)
+        self.excused_at = min(self.excused_at, self.world.monotonic)
 
     def spawn(self, name: str, body: Callable[[], int | None]) -> Actor:
         actor = Actor(self, name, body)
@@ -417,7 +424,7 @@ class World:
         self.at_step.clear()
         self.next_index = None
         for process in self.processes:
-            process.frozen_until = min(process.frozen_until, self.monotonic)
+            process.thaw()
         self.roster.restore(self)
 
     def close(self) -> None:
