@@ -132,7 +132,10 @@ def outage(world: World, actor: Actor, kind: str, for_seconds: float) -> None:
 
 
 @fault(
-    2, one_of("today", "today", "renamed", "without"), one_of("SIGTERM", "SIGTERM twice", "SIGKILL"), seconds(20, 200)
+    2,
+    one_of("today", "today", "renamed", "without"),
+    one_of("SIGTERM", "SIGTERM twice", "SIGKILL", "rolling", "rolling"),
+    seconds(20, 200),
 )
 def deploy(world: World, actor: Actor, version: str, how: str, for_seconds: float) -> None:
     """Other code, for a while: the same once more, one that renames a job, one that has lost some."""
@@ -278,6 +281,14 @@ def change(world: World, actor: Actor, which: int, is_fast: bool, fails: bool) -
     if pk := _pk(world, actor, which):
         world.struck["change a row"] += 1
         processes.request(world, "change", lambda: processes.change(pk, is_fast, fails))
+
+
+@fault(1, index, one_of(2, 10, 30, 100))
+def hold(world: World, actor: Actor, which: int, for_seconds: float) -> None:
+    """A stranger's transaction keeps a row locked."""
+    if pk := _pk(world, actor, which):
+        world.count("a stranger locks a row")
+        processes.request(world, "stranger", lambda: processes.hold(pk, for_seconds))
 
 
 @fault(1, index)

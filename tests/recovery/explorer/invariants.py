@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-from jobs import clock, enqueue, queues, registry
+from jobs import clock, enqueue, queues
 from jobs.claims import SEEN_DEATHS
 from jobs.conf import conf
 from jobs.jobs import selfheal_prune
@@ -181,7 +181,7 @@ class Invariants:
             if task.state not in READY and not task.is_hopeless:
                 yield f"task {task.pk} is {task.state}"
         for claim in claims:
-            if registry.get(claim.job) and not self._is_needed(claim):
+            if claim.job in self.world.roster.versions["today"] and not self._is_needed(claim):
                 yield f"a claim is left: {claim}"
         for process in self.world.processes:
             if process.kind == "request":

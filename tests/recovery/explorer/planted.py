@@ -192,3 +192,16 @@ def what_is_hidden_counts_as_queued() -> Iterator[None]:
     """Whatever is in the delayed set is believed, however late it is to come."""
     with mock.patch.object(queues, "LONGEST_WAIT", timedelta(days=10_000)):
         yield
+
+
+@bug("deploy")
+def what_is_not_known_is_tidied_up() -> Iterator[None]:
+    """A tick deletes the claims of jobs that its version of the code does not have."""
+    take_due = scheduler._take_due
+
+    def tidy_up(errors: Any) -> None:
+        Claim.objects.exclude(job__in=[each.name for each in scheduler.registry.declared()]).delete()
+        take_due(errors)
+
+    with mock.patch.object(scheduler, "_take_due", tidy_up):
+        yield

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from django.db import DatabaseError, InterfaceError, OperationalError, transaction
+from django.db.models import F
 from redis import Redis
 from waffle import get_waffle_switch_model
 
@@ -197,6 +198,8 @@ class Roster:
 
     def __init__(self, versions: dict[str, Any], redis: Redis) -> None:
         self.versions, self.redis = versions, redis
+        # What is started next runs this version; and of that which is running now, the registry holds what is declared.
+        self.version = self._loaded = ""
         self.bodies = {"scheduler": tick_for_ever, "worker": work_for_ever}
 
     def fill(self, world: World) -> None:
@@ -211,16 +214,27 @@ class Roster:
                 world.start(kind, lambda body=body: body(self.redis))
 
     def deploy(self, version: str) -> None:
-        registry._declared.clear()
-        registry._declared.update(self.versions[version])
+        self.version = version
+
+    def load(self, version: str) -> None:
+        """Have the registry hold what a process of this version has declared."""
+        if version != self._loaded:
+            registry._declared.clear()
+            registry._declared.update(self.versions[version])
+            self._loaded = version
 
     def restart(self, world: World, version: str, how: str) -> None:
         """Deploy a version of the code.
 
         By SIGTERM workers end after the message in work, by two they give it back, and SIGKILL is for all of a machine.
+        In a rolling deploy half of them go on for now with the code that they have.
         """
         self.deploy(version)
-        for process in [each for each in world.processes if each.kind in ("scheduler", "worker", "child")]:
+        running = [each for each in world.processes if each.kind in ("scheduler", "worker", "child")]
+        if how == "rolling":
+            first = {each.kind: each for each in reversed(running) if each.kind != "child"}
+            running = list(first.values())
+        for process in running:
             if how == "SIGKILL" or process.kind == "scheduler" or (process.kind == "worker" and not process.worker):
                 process.end(-9)
             elif process.kind == "worker":
@@ -229,7 +243,7 @@ class Roster:
 
     def restore(self, world: World) -> None:
         """Put back what operators and deploys have changed, and release what was set aside."""
-        if registry._declared != self.versions["today"]:
+        if {each.version for each in world.processes} | {self.version} != {"today"}:
             self.restart(world, "today", "SIGTERM")
         schedulers = [each for each in world.processes if each.kind == "scheduler"]
         for process in schedulers[1:]:
@@ -293,6 +307,14 @@ def change(pk: int, is_fast: bool, fails: bool) -> None:
 
 def delete(pk: int) -> None:
     Task.objects.filter(pk=pk).delete()
+
+
+def hold(pk: int, seconds: float) -> None:
+    """Keep the row locked, as a data migration does, or a forgotten session. On SQLite, all rows."""
+    world = here().world
+    with transaction.atomic():
+        Task.objects.filter(pk=pk).update(writes=F("writes"))
+        here().wait(seconds, lambda: world.is_calm)
 
 
 def enqueue_all(jitter: float) -> None:

@@ -255,7 +255,7 @@ class Seams:
             if self._is_blocked(actor):
                 with self._mutex:
                     if not baton.acquire(blocking=False):
-                        actor.is_stuck = True
+                        actor.is_stuck, actor.stuck_at = True, actor.world.monotonic
                         self._arrived[actor] = threading.Lock()
                         self._arrived[actor].acquire()
                         actor.world.count("waited for a lock")
@@ -278,7 +278,11 @@ class Seams:
         for actor, arrived in list(self._arrived.items()):
             while not arrived.acquire(timeout=0.002):
                 if self._is_blocked(actor):
-                    break
+                    if not 0 < actor.gives_up_at <= world.monotonic:
+                        break
+                    world.count("waited for a lock for too long")
+                    with self.outside() as cursor:
+                        cursor.execute("SELECT pg_cancel_backend(%s)", [actor.connection.connection.info.backend_pid])
             else:
                 del self._arrived[actor]
                 actor.is_stuck = False

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 EPOCH = datetime(2030, 1, 1, 11, 56, tzinfo=UTC)
 # How much a cut costs in virtual time, so that no two of them are at the same moment.
 STEP = 0.001
+# What the library sets on PostgreSQL for its own processes, and the wait for SQLite's one lock.
+LOCK_TIMEOUT = 5.0
 # The decisions end after so much virtual time, however few cuts there were.
 LONGEST_CHAOS = 900.0
 # Then everything runs fairly, and has to be at rest within this: several leases, backoffs and sweeps one after another,
@@ -52,6 +54,9 @@ class Process:
     def __init__(self, world: World, name: str, kind: str, body: Callable[[], int | None]) -> None:
         self.world, self.name, self.kind = world, name, kind
         self.pid = world.next_pid()
+        # Of the code. What is forked has that of whoever forks it.
+        forker = current() if kind == "child" else None
+        self.version = forker.process.version if forker else world.roster.version
         self.exit_code: int | None = None
         self.frozen_until = 0.0
         # Frozen until somebody else is at work on its row.
@@ -128,6 +133,7 @@ class Actor:
         self.until: Callable[[], bool] | None = None
         # Left in the middle of a statement that waits for a lock of PostgreSQL.
         self.is_stuck = False
+        self.stuck_at = 0.0
         # Its transaction is lost with its connection, whatever it goes on to do in it.
         self.is_doomed = False
         self.has_ended = False
@@ -236,6 +242,12 @@ class Actor:
             return False
         return not self.is_waiting or self.wakes_at <= self.world.monotonic or bool(self.until and self.until())
 
+    @property
+    def gives_up_at(self) -> float:
+        """When its statement is cancelled that waits for a lock: in a worker or a tick, and not in a user's request."""
+        has_limit = self.is_stuck and self.process.kind in ("scheduler", "worker", "child")
+        return self.stuck_at + LOCK_TIMEOUT if has_limit else 0.0
+
     def _set_clock(self) -> None:
         clock._fixed.set(self.world.now)
 
@@ -302,6 +314,7 @@ class World:
             if process.watchdog_at is not None:
                 moments.append(process.watchdog_at + STEP)
             moments += [actor.wakes_at for actor in process.actors if actor.is_waiting and not actor.has_ended]
+            moments += [actor.gives_up_at for actor in process.actors if actor.gives_up_at > self.monotonic]
         moments += [until for until in self.down_until.values() if until > self.monotonic]
         if not moments:
             raise Violation("Everybody waits for somebody else.")
@@ -331,6 +344,7 @@ class World:
                 self._go_on()
             # Not with the others: one of them may be in the middle of a transaction.
             self.close()
+            self.roster.load("today")
             self.invariants.at_the_end()
         finally:
             self.close()
@@ -356,6 +370,7 @@ class World:
 
     def _hand(self, actor: Actor) -> None:
         self.running = actor
+        self.roster.load(actor.process.version)
         actor.last_ran = self.steps
         actor.turn.release()
         self.seams.wait_for_baton(actor)
