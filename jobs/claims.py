@@ -128,8 +128,8 @@ def split_holder(holder: str) -> tuple[str, str, int | None]:
 _current: ContextVar[Attempt | None] = ContextVar("selfheal_attempt", default=None)
 # In a process that exists for one attempt, the threads of the job speak for it too.
 of_this_process: Attempt | None = None
-# The connection in whose transaction `with_lock` has a row: another thread has another.
-_locked_on: ContextVar[Any] = ContextVar("selfheal_locked_on", default=None)
+# The connections in whose transactions `with_lock` has a row, and its claim: another thread has others.
+_locked_on: ContextVar[frozenset[Any]] = ContextVar("selfheal_locked_on", default=frozenset())
 
 
 # --- Taking -----------------------------------------------------------------------------------------------------------
@@ -548,9 +548,9 @@ def with_lock(row: Model) -> Iterator[Model]:
     attempt = _current.get() or of_this_process
     using = router.db_for_write(type(row), instance=row)
     connection = connections[using]
-    is_nested = _locked_on.get() is connection
+    is_nested = connection in _locked_on.get() and connection.in_atomic_block
     if attempt is None or is_nested:
-        with transaction.atomic(using), _locked(row, using, attempt):
+        with _undone_together(attempt), transaction.atomic(using), _locked(row, using, attempt):
             yield row
         return
     if database.depth(connection) > attempt.depths.get(using, 0):
@@ -559,6 +559,7 @@ def with_lock(row: Model) -> Iterator[Model]:
             "would keep the row locked until it ends. Leave that transaction away, or use with_lock in its place."
         )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_undone_together(attempt))
         if using != _database():
             # The claim is looked at in the outer one, so that it stays ours until the row's is committed.
             stack.enter_context(transaction.atomic(_database()))
@@ -567,6 +568,18 @@ def with_lock(row: Model) -> Iterator[Model]:
         with _locked(row, using, attempt):
             yield row
         _renew_or_lose(attempt)
+
+
+@contextlib.contextmanager
+def _undone_together(attempt: Attempt | None) -> Iterator[None]:
+    """Let a job that has finished its row not have done so, when what it wrote is rolled back."""
+    before = attempt is not None and attempt.has_finished
+    try:
+        yield
+    except BaseException:
+        if attempt is not None:
+            attempt.has_finished = before
+        raise
 
 
 @contextlib.contextmanager
@@ -582,7 +595,8 @@ def _locked(row: Model, using: str, attempt: Attempt | None) -> Iterator[None]:
         if own is not None:
             raise NoLongerNeeded.of(own.work) from None
         raise
-    token = _locked_on.set(connections[using])
+    opened = {connections[using], connections[_database()]} if attempt is not None else {connections[using]}
+    token = _locked_on.set(_locked_on.get() | opened)
     finished = False
     try:
         if to_match is None:

@@ -28,19 +28,22 @@ def limit_waiting() -> None:
 def _limit(connection: Any, **kwargs: Any) -> None:
     seconds = conf.HEARTBEAT.total_seconds() / 3
     if connection.vendor == "postgresql":
-        # The second is of PostgreSQL 14: a statement that waits ends with its client, and is not executed after it.
-        statement = (
-            "SELECT set_config(name, %s, false) FROM pg_settings "
-            "WHERE name IN ('lock_timeout', 'client_connection_check_interval')"
-        )
         value = f"{max(1, round(seconds * 1000))}ms"
+        wanted = "SELECT set_config(name, %s, false) FROM pg_settings WHERE name = ANY(%s)"
+        # The other is of PostgreSQL 14: a statement that waits ends with its client, and is not executed after it. A
+        # platform that cannot notice a client's end refuses both in one.
+        _set(connection, wanted, [value, ["lock_timeout", "client_connection_check_interval"]]) or _set(
+            connection, wanted, [value, ["lock_timeout"]]
+        )
     elif connection.vendor == "mysql":
-        statement, value = "SET SESSION innodb_lock_wait_timeout = %s + 0", str(max(1, round(seconds)))
-    else:
-        return
-    # A platform that cannot notice a client's end refuses the second one.
+        _set(connection, "SET SESSION innodb_lock_wait_timeout = %s + 0", [str(max(1, round(seconds)))])
+
+
+def _set(connection: Any, statement: str, values: list[Any]) -> bool:
     with contextlib.suppress(DatabaseError), connection.cursor() as cursor:
-        cursor.execute(statement, [value])
+        cursor.execute(statement, values)
+        return True
+    return False
 
 
 def depths() -> dict[str, int]:
@@ -56,7 +59,8 @@ def depth(connection: Any) -> int:
     if raw is None:
         return 0
     status = getattr(getattr(raw, "info", None), "transaction_status", getattr(raw, "in_transaction", 0))
-    return int(bool(status) or not connection.get_autocommit())
+    # Of PostgreSQL: active, in a transaction, or in a failed one. A session that the server has ended is in none.
+    return int(status in (1, 2, 3) or not connection.get_autocommit())
 
 
 def begin_anew() -> None:

@@ -220,7 +220,7 @@ class ClaimQuerySet(models.QuerySet["Claim"]):
 
     def quarantine(self) -> int:
         """Set rows aside until somebody releases them. Returns how many; those that are worked on stay as they are."""
-        return self.can("quarantine").update(quarantined_at=clock.now())
+        return self.can("quarantine").update(quarantined_at=clock.now(), unmatched_since=None)
 
 
 class Claim(models.Model):

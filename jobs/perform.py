@@ -97,7 +97,7 @@ def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome | _OtherwiseW
             if (pk := pk_of(row)) != attempt.pk:
                 return _OtherwiseWritten(pk)
             kept = declared.work(row)
-            _refuse_open_transactions(attempt)
+            _refuse_open_transactions(attempt.work, attempt.depths)
     except NoLongerNeeded as over:
         _let_go(over)
         outcome, end = "not_needed", partial(claims.drop, attempt, claim)
@@ -114,12 +114,12 @@ def _work(attempt: Attempt, claim: Claim, guard: Guard) -> Outcome | _OtherwiseW
     return outcome
 
 
-def _refuse_open_transactions(attempt: Attempt) -> None:
+def _refuse_open_transactions(work: str, before: dict[str, int]) -> None:
     """Raise for a transaction that the job has begun and not ended: what it wrote there is rolled back."""
-    open_on = [alias for alias, depth in database.depths().items() if depth > attempt.depths.get(alias, 0)]
+    open_on = [alias for alias, depth in database.depths().items() if depth > before.get(alias, 0)]
     if open_on:
         raise TransactionManagementError(
-            f"{attempt.work} has left a transaction open on {', '.join(open_on)}, or autocommit off. What it wrote "
+            f"{work} has left a transaction open on {', '.join(open_on)}, or autocommit off. What it wrote "
             "there is rolled back. Have it commit, as transaction.atomic() does at the end of its block."
         )
 
@@ -141,8 +141,10 @@ def perform_call(message: Message, connection: Redis, again_at: float, guard: Gu
     try:
         if job.max_attempts is not None and attempt > job.max_attempts:
             raise RuntimeError(f"Its process died in each of its {job.max_attempts} attempts.")
+        depths = database.depths()
         with guard(job, None):
             job.function(*message.args, **message.kwargs)
+            _refuse_open_transactions(message.id, depths)
     except BaseException as error:
         _raise_if_asked_to_stop(error)
         sentence, trace = _describe(error, message.id)

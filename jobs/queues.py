@@ -220,8 +220,8 @@ class _Reaches(Connection):
     def _connect(self) -> socket.socket:
         seconds = self.socket_connect_timeout
         assert seconds is not None
-        give_up_at = time.monotonic() + seconds
         found = resolver.addresses(self.host, self.port, self.socket_type, seconds / 2)
+        give_up_at = time.monotonic() + seconds / 2
         trouble: OSError = OSError(f"{self.host} has no address")
         for place, (family, kind, protocol, _, address) in enumerate(found):
             reached = None

@@ -14,6 +14,9 @@ from typing import Any
 
 Question = tuple[str, int, int]
 
+# For how many seconds at least this process waits, whatever a caller says. One that answers nobody has the time.
+patience = 0.0
+
 _lock = threading.Lock()
 # At most one thread for each question, however many ask it of a name server that hangs.
 _asking: dict[Question, _Lookup] = {}
@@ -36,7 +39,7 @@ def addresses(host: str, port: int, socket_type: int, seconds: float) -> list[An
             except RuntimeError as error:
                 raise OSError(f"{host} could not be looked up: {error}") from error
             _asking[question] = lookup
-    lookup.join(max(0.0, lookup.began_at + seconds - time.monotonic()))
+    lookup.join(max(0.0, lookup.began_at + max(seconds, patience) - time.monotonic()))
     if lookup.trouble and question not in _said:
         raise lookup.trouble
     if question not in _said:

@@ -22,10 +22,10 @@ from django.apps import apps
 from django.db import connections, router, transaction
 from django.db.models import F, Model, Q
 from redis import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 from rq_scheduler.scheduler import Scheduler as RQScheduler
 
-from jobs import clock, cron, database, enqueue, pauses, queues, registry, switches
+from jobs import clock, cron, database, enqueue, pauses, queues, registry, resolver, switches
 from jobs.conf import conf
 from jobs.exceptions import Misconfigured
 from jobs.job import Declared, Job
@@ -187,14 +187,22 @@ def _push_owed(errors: _Errors) -> list[str]:
     # last ran: it stays a minute from one run of each to the next, and what comes due often does not go first.
     share = max(AT_ONCE, math.ceil(len(declared) * conf.TICK / timedelta(minutes=1)))
     pushed = []
+    # A list that is broken in itself is no reason to leave the others. A Redis that is away is asked once here, and is
+    # no reason to leave those of another.
+    away = set()
     left = _disabled(declared.values()) | set(claimed.values_list("job", flat=True))
     for name in (name for name in owed if name not in left):
-        # A list that is broken in itself is no reason to leave the others; a Redis that is away is.
+        queue = queues.get(declared[name].queue)
+        if id(queue.connection) in away:
+            continue
         try:
-            if enqueue.push_id(queues.get(declared[name].queue), name):
+            if enqueue.push_id(queue, name):
                 pushed.append(name)
         except ResponseError as error:
             errors.met.append(error)
+        except RedisError as error:
+            errors.met.append(error)
+            away.add(id(queue.connection))
         if len(pushed) >= share:
             break
     return pushed
@@ -208,10 +216,18 @@ def _push_claims(errors: _Errors) -> None:
         return
     declared = [each for name in sorted(names) if (each := registry.get(name)) is not None]
     disabled = _disabled(declared)
+    away = set()
     for each in declared:
-        if each.name not in disabled:
-            with errors.kept():
+        connection = id(queues.get(each.queue).connection)
+        if each.name in disabled or connection in away:
+            continue
+        with errors.kept():
+            try:
                 _push_claims_of(each, due)
+            except RedisError as error:
+                if not isinstance(error, ResponseError):
+                    away.add(connection)
+                raise
 
 
 def _push_claims_of(declared: Declared, due: ClaimQuerySet) -> None:
@@ -295,7 +311,12 @@ class Scheduler(RQScheduler):
         trouble = ""
         while not self._stop_requested:
             began = time.monotonic()
-            met = self._tick(trouble)
+            try:
+                met = self._tick(trouble)
+            except OSError as error:
+                # No process or file is to be had.
+                if (met := repr(error)) != trouble:
+                    logger.exception("A tick failed; the next is in %s", conf.TICK)
             if trouble and not met:
                 self.log.info("The scheduler ticks again.")
             trouble = met
@@ -308,7 +329,13 @@ class Scheduler(RQScheduler):
         # Connections that two processes share break in both.
         database.disconnect()
         reading, writing = os.pipe()
-        if (pid := os.fork()) == 0:
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(reading)
+            os.close(writing)
+            raise
+        if pid == 0:
             self._tick_and_end(writing)
         os.close(writing)
         deadline = time.monotonic() + TICK_SECONDS
@@ -335,6 +362,8 @@ class Scheduler(RQScheduler):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             database.limit_waiting()
+            # What a name server says is gone with this process, so the next one would know no more.
+            resolver.patience = TICK_SECONDS / 6
             self.enqueue_jobs()
         except BaseException as error:
             # Whatever it is, the next tick starts from the database again.

@@ -64,9 +64,10 @@ def _ending(status: int) -> str:
     return f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
 
 
-def _watch() -> None:
-    """End this process once a lease is over, unless somebody says otherwise until then: whatever hangs, be it in C."""
-    faulthandler.dump_traceback_later(conf.LEASE.total_seconds(), exit=True, file=sys.__stderr__ or sys.stderr)
+def _watch(seconds: float | None = None) -> None:
+    """End this process after so long, or a lease, unless somebody says otherwise until then, whatever hangs."""
+    seconds = seconds or conf.LEASE.total_seconds()
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
 
 def _note(attempt: claims.Attempt, note: Callable[[], object]) -> None:
@@ -212,8 +213,10 @@ class Worker(RQWorker):
             pipeline.expire(self.key, self.worker_ttl)
             worker_registration.register(self, pipeline)
             pipeline.execute()
-        for queue in self.queues:
-            worker_registration.clean_worker_registry(queue)
+        # Among the names of workers may be what a stranger has written.
+        with contextlib.suppress(ValueError):
+            for queue in self.queues:
+                worker_registration.clean_worker_registry(queue)
 
     # --- One message --------------------------------------------------------------------------------------------------
 
@@ -295,9 +298,10 @@ class Worker(RQWorker):
     def _guard(self, declared: Declared, attempt: claims.Attempt | None = None) -> Iterator[None]:
         """Around the job's own code: its time limit, and the heartbeat of a claimed row. After it, all is as before."""
         claims.of_this_process = attempt
-        # A plain call may take as long as its time limit says.
-        faulthandler.cancel_dump_traceback_later()
         heartbeat = claims.Heartbeat(attempt) if attempt is not None else contextlib.nullcontext()
+        if attempt is None:
+            # A plain call may take as long as its time limit says, and no longer, also when its worker is gone.
+            _watch(declared.timeout_seconds + claims.KILL_AFTER.total_seconds())
         try:
             with heartbeat, self.death_penalty_class(declared.timeout_seconds, JobTimeoutException):
                 yield
@@ -316,12 +320,17 @@ class Worker(RQWorker):
                 return pid, status, was_killed
             if self._stop_requested and not was_told:
                 was_told = True
-                on_stop()
+                try:
+                    on_stop()
+                except Exception:
+                    # As when there are no more processes. Nothing but the child's end may end this: it would go on with
+                    # nobody to watch it.
+                    logger.exception("Worker %s could not write down that it stops", self.name)
             elapsed = time.monotonic() - began
             if (self._kill_requested and not was_killed) or elapsed > kill_after:
                 was_killed = self._kill_requested
                 self.kill_horse()
-            with contextlib.suppress(RedisError):
+            with contextlib.suppress(Exception):
                 self._announce(WorkerStatus.BUSY)
             # Short for short work, so that waiting adds at most a twentieth.
             time.sleep(min(0.05, max(0.0005, elapsed / 20)))
@@ -334,6 +343,8 @@ class Worker(RQWorker):
         if attempt is None or os.fork():
             return
         try:
+            database.limit_waiting()
+            _watch()
             claims.note_stop(attempt)
         except Exception as error:
             self.log.warning("Worker %s: that it stops could not be written down (%s)", self.name, error)

@@ -18,6 +18,7 @@ from jobs.message import Message
 from jobs.models import Claim, Run
 from jobs.testing import drain, tick
 from tests.cast.jobs import nightly, touch_file, unique_until_done, unique_until_start
+from tests.cast.models import Task
 from tests.integration.conftest import DEFAULT_LIST, URGENT_LIST
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -35,6 +36,25 @@ def file(tmp_path: Path) -> Path:
 def attempts(file: Path) -> Callable[[], int]:
     """How often `touch_file` was called."""
     return lambda: len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_one_that_leaves_a_transaction_open_has_failed(declaring):
+    """What it wrote there would be rolled back, and nobody would know."""
+
+    @job
+    def forgets_to_commit() -> None:
+        transaction.set_autocommit(False)
+        Task.objects.create(name="written by it")
+
+    forgets_to_commit.enqueue()
+    try:
+        assert drain() == {"failed": 1}
+        assert "has left a transaction open on default" in Run.objects.get().error
+    finally:
+        # As the worker does.
+        transaction.rollback()
+        transaction.set_autocommit(True)
+    assert not Task.objects.exists()
 
 
 def pass_time(seconds: float = LATER.total_seconds()) -> None:

@@ -15,7 +15,7 @@ from django.db import transaction
 from django.urls import reverse
 
 from config.servers import RedisServer
-from jobs import QueueUnavailable, enqueue, queues
+from jobs import QueueUnavailable, enqueue, queues, scheduler
 from jobs import resolver as names
 from jobs.conf import conf
 from jobs.models import Schedule
@@ -209,12 +209,13 @@ class Resolver:
         self.open = threading.Event()
         self.asked = 0
         self.addresses: list[str] = []
+        self.seconds = 5.0
 
     def answer(self, host: str, port: int, *args: Any) -> list[Any]:
         if host != HOST:
             return ask_the_real_one(host, port, *args)
         self.asked += 1
-        self.open.wait(5)
+        self.open.wait(self.seconds)
         if not self.addresses:
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in self.addresses]
@@ -271,6 +272,17 @@ def test_a_name_server_that_hangs_is_waited_for_once(enqueue, resolver, warnings
     assert Task.objects.count() == 51
     # Nor does each leave a thread behind that waits for it.
     assert resolver.asked == 1
+
+
+def test_a_tick_has_the_time_that_it_needs(resolver, task, redis, monkeypatch):
+    """Each is a process of its own, and what it has learnt is gone with it."""
+    monkeypatch.setattr(names, "patience", 0.0)
+    monkeypatch.setattr(scheduler, "TICK_SECONDS", 12.0)
+    resolver.addresses = ["127.0.0.1"]
+    resolver.seconds = 1.0
+    ticking = scheduler.Scheduler(connection=redis)
+    assert ticking._tick("") == ""
+    assert redis.exists(scheduler.TICKED_KEY)
 
 
 def test_a_plain_call_waits_for_it_once_too(resolver):

@@ -1,6 +1,7 @@
 """Somebody writes into Redis what looks like ours: it hides no row, stops no worker, and keeps nobody from ticking."""
 
 import logging
+import os
 import time
 from datetime import timedelta
 from typing import Any
@@ -141,3 +142,23 @@ def test_what_is_refused_is_one_dequeue_each(redis, task):
     assert drain() == {"done": 1}
     assert Task.objects.get(pk=task.pk).state == "done"
     assert enqueue.queued_ids(queues.get("default"), "do_task") == set()
+
+
+def test_what_is_no_name_among_those_of_workers_keeps_nobody_from_watching_his_child(worker, redis):
+    """A worker that met it there would go on to the next message, and its child with nobody to watch it."""
+    redis.sadd("rq:workers:default", b"\xff")
+    worker._announced_at = None
+    worker._announce("busy")
+    assert redis.hget(worker.key, "state") == b"busy"
+
+
+def test_nothing_but_its_end_makes_a_worker_leave_its_child(worker, monkeypatch):
+    def fails(*whatever: Any) -> None:
+        raise OSError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(worker, "_announce", fails)
+    worker._stop_requested = True
+    pid, status, _ = worker._in_child("a child", lambda: time.sleep(0.5), 30, fails)
+    assert status == 0
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)

@@ -1,5 +1,6 @@
 """The tick: what is due becomes owed, what is owed is pushed, and neither Redis nor a scheduler can forget it."""
 
+import errno
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psutil
 import pytest
 from django.core.management import call_command
 from django.utils import timezone
@@ -15,6 +17,7 @@ from redis import Redis
 from redis.exceptions import ResponseError
 from waffle import get_waffle_switch_model
 
+from config.servers import free_port
 from jobs import Backoff, claims, clock, job, queues, registry, scheduler, sweep
 from jobs.claims import Attempt
 from jobs.exceptions import Misconfigured, NoLongerNeeded
@@ -709,6 +712,39 @@ def test_a_tick_that_hangs_or_dies_costs_one_tick(ticking, monkeypatch, caplog):
         assert ticking(lambda: time.sleep(600), lambda: os._exit(7), lambda: None) == 3
     assert "It ended with exit code -9." in caplog.text
     assert "It ended with exit code 7." in caplog.text
+
+
+def test_where_no_process_can_be_started_it_goes_on(ticking, monkeypatch, caplog):
+    fork, refused = os.fork, iter([True, True])
+
+    def full() -> int:
+        if next(refused, False):
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", full)
+    files = psutil.Process().num_fds()
+    assert ticking(lambda: None) == 1
+    assert caplog.text.count("A tick failed") == 1
+    assert psutil.Process().num_fds() <= files
+
+
+def test_a_redis_that_is_away_holds_up_nothing_on_another(nothing_else, task, redis, settings):
+    """Neither what is owed nor the rows whose time has come, and it is asked once for each of these."""
+    nowhere = f"redis://127.0.0.1:{free_port()}/0"
+    settings.RQ_QUEUES = {**settings.RQ_QUEUES, "urgent": {**settings.RQ_QUEUES["urgent"], "URL": nowhere}}
+    for name, queue in (("a", "urgent"), ("b", "urgent"), ("c", "default")):
+        made = job(name=name, queue=queue)(lambda row: None)
+        sweep(made, cron="* * * * *", name=f"schedule_{name}", queue=queue)(Task.objects.pending)
+        owe(registry.get(f"schedule_{name}"))
+        Claim.objects.create(
+            job=name, model="cast.task", object_pk=str(task.pk), first_claimed_at=NOON, next_attempt_at=NOON
+        )
+    with pytest.raises(ExceptionGroup) as met:
+        tick()
+    assert redis.lrange("rq:queue:default", 0, -1) == [b"schedule_c", b"c-%d" % task.pk]
+    # One for each part of a tick.
+    assert len(met.value.exceptions) == 3
 
 
 @pytest.mark.postgres

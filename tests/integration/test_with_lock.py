@@ -290,6 +290,30 @@ def test_what_was_taken_back_was_no_first_write(task, doing):
     assert perform(doing(work), task) == "not_needed"
 
 
+@pytest.mark.parametrize("how", ["in a savepoint", "by the commit"])
+def test_what_was_rolled_back_was_no_first_write(task, doing, how, monkeypatch):
+    """It is rolled back after the block, which itself has gone well."""
+    other = Task.objects.create()
+
+    def work(row: Task) -> None:
+        with suppress(RuntimeError), with_lock(other):
+            with suppress(RuntimeError), with_lock(other):
+                with with_lock(row):
+                    row.state = "done"
+                    row.save()
+                if how == "in a savepoint":
+                    raise RuntimeError
+            if how == "by the commit":
+                # As for a foreign key that is looked at then.
+                raise RuntimeError
+        of(task).update(state="deleting")
+        with with_lock(row):
+            pytest.fail("the block was entered")
+
+    assert perform(doing(work), task) == "not_needed"
+    assert of(task).get().state == "deleting"
+
+
 def test_a_row_that_is_gone_is_gone_after_the_first_write_too(task, doing):
     def work(row: Task) -> None:
         with with_lock(row):
