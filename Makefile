@@ -46,7 +46,7 @@ test: $(VENV)/.installed browser  ## see whether a change holds, on SQLite and P
 	$(call pytest,--postgres)
 
 versions: $(VENV)/.installed browser
-	$(call pytest,--postgres --versions)
+	$(call pytest,--postgres --versions --long)
 
 # What is there is taken. Else Debian's, where that can be installed, or the one that Playwright downloads.
 browser: $(VENV)/.installed  ## see that there is a Chromium for the tests in tests/browser

@@ -73,8 +73,12 @@ def assert_nothing_was_lost(stack: Stack, tasks: list[Task], before: dict[str, i
 
 @pytest.mark.parametrize(
     ("how", "of_the_connection"),
-    [("restarted", PLAIN), ("restarted", KEPT_FOR_EVER), ("killed", PLAIN), ("killed", KEPT)],
-    ids=["restarted", "restarted and kept for ever", "killed", "killed and kept"],
+    [
+        pytest.param("restarted", PLAIN, id="restarted", marks=pytest.mark.long),
+        pytest.param("restarted", KEPT_FOR_EVER, id="restarted and kept for ever", marks=pytest.mark.long),
+        pytest.param("killed", PLAIN, id="killed", marks=pytest.mark.long),
+        pytest.param("killed", KEPT, id="killed and kept"),
+    ],
 )
 def test_under_load(stack: Stack, own_postgres: PostgresServer, how: str, of_the_connection: dict[str, Any]) -> None:
     tasks = begin(stack, of_the_connection)

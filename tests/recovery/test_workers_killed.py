@@ -121,8 +121,8 @@ def test_killed_at_a_step(stack: Stack, trap: Trap, runs: list[str]) -> None:
 @pytest.mark.parametrize(
     "trap",
     [
-        Trap("before", "jobs.enqueue.push_ids", with_parent=True),
-        Trap("after", "jobs.enqueue.push_ids", with_parent=True),
+        pytest.param(Trap("before", "jobs.enqueue.push_ids", with_parent=True), marks=pytest.mark.long),
+        pytest.param(Trap("after", "jobs.enqueue.push_ids", with_parent=True), marks=pytest.mark.long),
         Trap("before", "jobs.enqueue.push_ids"),
     ],
     ids=str,
