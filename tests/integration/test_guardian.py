@@ -70,6 +70,14 @@ def processes(home: Path) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if belongs(process, home)]
 
 
+def command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        # It has ended since.
+        return []
+
+
 def belongs(process: psutil.Process, home: Path) -> bool:
     try:
         return process.environ().get(guardian.MARK) == str(home)
@@ -92,7 +100,7 @@ def test_what_is_left_when_its_guardian_is_killed_too_is_ended_by_the_next_run(b
     run, home = begin("-c", A_RUN)
     assert run.stdout
     run.stdout.readline()
-    watching = [process for process in processes(home) if guardian.__file__ in process.cmdline()]
+    watching = [process for process in processes(home) if guardian.__file__ in command(process)]
     assert len(watching) == 1
     run.kill()
     watching[0].kill()
@@ -111,7 +119,7 @@ def test_pytest_is_such_a_run(begin):
         "-m", "pytest", "-n", "2", "--postgres", "-p", "no:cacheprovider", "tests/integration/test_sweep.py"
     )
     names = {"postgres", "valkey-server"}
-    wait_for(lambda: names <= {process.name() for process in processes(home)}, "servers")
+    wait_for(lambda: names <= {Path(word).name for process in processes(home) for word in command(process)}, "servers")
     run.terminate()
     run.communicate()
     wait_for(lambda: not home.exists() and not processes(home), "nothing left")
