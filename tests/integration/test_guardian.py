@@ -102,8 +102,9 @@ def test_what_is_left_when_its_guardian_is_killed_too_is_ended_by_the_next_run(b
     run.stdout.readline()
     watching = [process for process in processes(home) if guardian.__file__ in command(process)]
     assert len(watching) == 1
-    run.kill()
+    # Before it sees that the run is over.
     watching[0].kill()
+    run.kill()
     run.wait()
     watching[0].wait()
     assert processes(home)
