@@ -549,30 +549,29 @@ def with_lock(row: Model) -> Iterator[Model]:
     using = router.db_for_write(type(row), instance=row)
     connection = connections[using]
     is_nested = connection in _locked_on.get() and connection.in_atomic_block
-    if attempt is None or is_nested:
-        with _undone_together(attempt), transaction.atomic(using), _locked(row, using, attempt):
-            yield row
-        return
-    if database.depth(connection) > attempt.depths.get(using, 0):
+    # Whose claim is looked at in this block.
+    outermost = None if is_nested else attempt
+    if outermost and database.depth(connection) > outermost.depths.get(using, 0):
         raise transaction.TransactionManagementError(
-            f"{attempt.work} opens with_lock inside a transaction of its own, which could be rolled back after it, and "
-            "would keep the row locked until it ends. Leave that transaction away, or use with_lock in its place."
+            f"{outermost.work} opens with_lock inside a transaction of its own, which could be rolled back after it, "
+            "and would keep the row locked until it ends. Leave that transaction away, or use with_lock in its place."
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_undone_together(attempt))
-        if using != _database():
-            # The claim is looked at in the outer one, so that it stays ours until the row's is committed.
+        if outermost and using != _database():
+            # The claim is looked at in this one, so that it stays ours until the row's is committed.
             stack.enter_context(transaction.atomic(_database()))
         stack.enter_context(transaction.atomic(using))
         # The row first and the claim last: whoever waits for a row keeps nobody from the claim.
         with _locked(row, using, attempt):
             yield row
-        _renew_or_lose(attempt)
+        if outermost:
+            _renew_or_lose(outermost)
 
 
 @contextlib.contextmanager
 def _undone_together(attempt: Attempt | None) -> Iterator[None]:
-    """Let a job that has finished its row not have done so, when what it wrote is rolled back."""
+    """Forget that the job has finished its row when what it wrote is rolled back."""
     before = attempt is not None and attempt.has_finished
     try:
         yield

@@ -28,18 +28,19 @@ def limit_waiting() -> None:
 def _limit(connection: Any, **kwargs: Any) -> None:
     seconds = conf.HEARTBEAT.total_seconds() / 3
     if connection.vendor == "postgresql":
+        statement = "SELECT set_config(name, %s, false) FROM pg_settings WHERE name = ANY(%s)"
         value = f"{max(1, round(seconds * 1000))}ms"
-        wanted = "SELECT set_config(name, %s, false) FROM pg_settings WHERE name = ANY(%s)"
         # The other is of PostgreSQL 14: a statement that waits ends with its client, and is not executed after it. A
         # platform that cannot notice a client's end refuses both in one.
-        _set(connection, wanted, [value, ["lock_timeout", "client_connection_check_interval"]]) or _set(
-            connection, wanted, [value, ["lock_timeout"]]
-        )
+        for names in (["lock_timeout", "client_connection_check_interval"], ["lock_timeout"]):
+            if _set(connection, statement, [value, names]):
+                break
     elif connection.vendor == "mysql":
         _set(connection, "SET SESSION innodb_lock_wait_timeout = %s + 0", [str(max(1, round(seconds)))])
 
 
 def _set(connection: Any, statement: str, values: list[Any]) -> bool:
+    """Return whether the database has taken it."""
     with contextlib.suppress(DatabaseError), connection.cursor() as cursor:
         cursor.execute(statement, values)
         return True

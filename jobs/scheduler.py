@@ -69,13 +69,21 @@ class _Errors:
 
     def __init__(self) -> None:
         self.met: list[Exception] = []
+        self._away: list[Redis] = []
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self, connection: Redis | None = None) -> Iterator[None]:
+        """Go on after an error. A Redis that did not answer is away for the rest of this tick."""
         try:
             yield
         except Exception as error:
             self.met.append(error)
+            # What it refuses, such as to push to a list that is broken, it has answered.
+            if connection and isinstance(error, RedisError) and not isinstance(error, ResponseError):
+                self._away.append(connection)
+
+    def is_away(self, connection: Redis) -> bool:
+        return any(each is connection for each in self._away)
 
     def raise_met(self) -> None:
         if len(self.met) == 1:
@@ -88,14 +96,13 @@ def tick() -> list[str]:
     """Queue every run that is due or owed and every claim whose time has come; move what is due in the delayed set.
 
     Returns the names of the schedules that were pushed. What fails is raised at the end, when all that can be done is
-    done.
+    done. One Redis that is away is asked once, and holds up no other.
     """
     errors = _Errors()
     pushed: list[str] = []
     with errors.kept():
         for connection in queues.connections():
-            # One Redis that is away holds up no other.
-            with errors.kept():
+            with errors.kept(connection):
                 queues.repair(connection)
                 enqueue.move_due(connection)
                 enqueue.drop_overlong(connection)
@@ -187,22 +194,14 @@ def _push_owed(errors: _Errors) -> list[str]:
     # last ran: it stays a minute from one run of each to the next, and what comes due often does not go first.
     share = max(AT_ONCE, math.ceil(len(declared) * conf.TICK / timedelta(minutes=1)))
     pushed = []
-    # A list that is broken in itself is no reason to leave the others. A Redis that is away is asked once here, and is
-    # no reason to leave those of another.
-    away = set()
     left = _disabled(declared.values()) | set(claimed.values_list("job", flat=True))
     for name in (name for name in owed if name not in left):
         queue = queues.get(declared[name].queue)
-        if id(queue.connection) in away:
+        if errors.is_away(queue.connection):
             continue
-        try:
+        with errors.kept(queue.connection):
             if enqueue.push_id(queue, name):
                 pushed.append(name)
-        except ResponseError as error:
-            errors.met.append(error)
-        except RedisError as error:
-            errors.met.append(error)
-            away.add(id(queue.connection))
         if len(pushed) >= share:
             break
     return pushed
@@ -216,18 +215,11 @@ def _push_claims(errors: _Errors) -> None:
         return
     declared = [each for name in sorted(names) if (each := registry.get(name)) is not None]
     disabled = _disabled(declared)
-    away = set()
     for each in declared:
-        connection = id(queues.get(each.queue).connection)
-        if each.name in disabled or connection in away:
-            continue
-        with errors.kept():
-            try:
+        connection = queues.get(each.queue).connection
+        if each.name not in disabled and not errors.is_away(connection):
+            with errors.kept(connection):
                 _push_claims_of(each, due)
-            except RedisError as error:
-                if not isinstance(error, ResponseError):
-                    away.add(connection)
-                raise
 
 
 def _push_claims_of(declared: Declared, due: ClaimQuerySet) -> None:
@@ -362,8 +354,9 @@ class Scheduler(RQScheduler):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             database.limit_waiting()
-            # What a name server says is gone with this process, so the next one would know no more.
-            resolver.patience = TICK_SECONDS / 6
+            # What a name server says is gone with this process, so the next one would know no more. A resolver waits
+            # for five seconds before it asks another server.
+            resolver.patience = 10
             self.enqueue_jobs()
         except BaseException as error:
             # Whatever it is, the next tick starts from the database again.

@@ -65,7 +65,7 @@ def _ending(status: int) -> str:
 
 
 def _watch(seconds: float | None = None) -> None:
-    """End this process after so long, or a lease, unless somebody says otherwise until then, whatever hangs."""
+    """End this process after so long, or a lease, unless somebody says otherwise until then: also when C code hangs."""
     seconds = seconds or conf.LEASE.total_seconds()
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 

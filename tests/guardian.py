@@ -59,10 +59,11 @@ def left_behind(home: Path) -> list[psutil.Process]:
 
 def _places() -> list[Path]:
     """Where the folders of runs are, beginning with where the next one goes."""
-    places = [Path(tempfile.gettempdir())]
-    if "TMPDIR" not in os.environ and os.access(IN_MEMORY, os.W_OK):
-        places.insert(int(shutil.disk_usage(IN_MEMORY).free < ENOUGH), IN_MEMORY)
-    return places
+    on_disk = Path(tempfile.gettempdir())
+    if "TMPDIR" in os.environ or not os.access(IN_MEMORY, os.W_OK):
+        return [on_disk]
+    has_room = shutil.disk_usage(IN_MEMORY).free >= ENOUGH
+    return [IN_MEMORY, on_disk] if has_room else [on_disk, IN_MEMORY]
 
 
 def end_what_is_over() -> None:

@@ -38,25 +38,6 @@ def attempts(file: Path) -> Callable[[], int]:
     return lambda: len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def test_one_that_leaves_a_transaction_open_has_failed(declaring):
-    """What it wrote there would be rolled back, and nobody would know."""
-
-    @job
-    def forgets_to_commit() -> None:
-        transaction.set_autocommit(False)
-        Task.objects.create(name="written by it")
-
-    forgets_to_commit.enqueue()
-    try:
-        assert drain() == {"failed": 1}
-        assert "has left a transaction open on default" in Run.objects.get().error
-    finally:
-        # As the worker does.
-        transaction.rollback()
-        transaction.set_autocommit(True)
-    assert not Task.objects.exists()
-
-
 def pass_time(seconds: float = LATER.total_seconds()) -> None:
     """Until every backoff and every time limit is over: what waits or got lost comes back into the queue."""
     # Only this part of a tick: the sweeps of the cast come due every other second, and are not what is counted here.
@@ -183,6 +164,25 @@ def test_arguments_that_do_not_fit_are_a_failure(declaring):
     takes_two.enqueue(1)
     assert drain() == {"failed": 1}
     assert Run.objects.get().error.startswith("TypeError: ")
+
+
+def test_one_that_leaves_a_transaction_open_has_failed(declaring):
+    """What it wrote there would be rolled back, and nobody would know."""
+
+    @job
+    def forgets_to_commit() -> None:
+        transaction.set_autocommit(False)
+        Task.objects.create(name="written by it")
+
+    forgets_to_commit.enqueue()
+    try:
+        assert drain() == {"failed": 1}
+        assert "has left a transaction open on default" in Run.objects.get().error
+    finally:
+        # As the worker does.
+        transaction.rollback()
+        transaction.set_autocommit(True)
+    assert not Task.objects.exists()
 
 
 # --- A process that dies ----------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Run:
         self.process.send_signal(number)
         return self.process.wait(30)
 
-    def processes(self) -> list[int]:
+    def processes(self) -> list[psutil.Process]:
         """Whatever lives and belongs to this folder, its servers included; of PostgreSQL's many the first."""
 
         def belongs(process: psutil.Process) -> bool:
@@ -78,27 +78,27 @@ class Run:
                     return process.name() == parent.name() == "postgres" or process.cmdline() == parent.cmdline()
             return False
 
-        return [process.pid for process in psutil.process_iter() if belongs(process)]
+        return [process for process in psutil.process_iter() if belongs(process)]
 
 
 @pytest.fixture
 def start(tmp_path):
     runs = []
 
-    def start(port: int) -> Run:
-        runs.append(Run(tmp_path / "home", port))
+    def start(port: int, folder: str = "home") -> Run:
+        runs.append(Run(tmp_path / folder, port))
         return runs[-1]
 
     yield start
     for run in runs:
         run.process.kill()
         run.process.wait()
-        # Again, for what was the fork of one of them.
+        # And again: what was the fork of one of them is one by itself when that is gone.
         while left := run.processes():
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left)
 
 
 def fetch(port: int) -> str:
@@ -118,7 +118,7 @@ def test_it_serves_the_admin_until_a_signal_and_leaves_nothing(start):
     assert len(run.processes()) == 9
 
     # Its port is taken now; whoever wants it too is told so.
-    another = Run(run.home.with_name("another"), port)
+    another = start(port, "another")
     assert another.process.wait(30) == 1
     assert f"Port {port} cannot be used" in another.said
     assert another.processes() == []

@@ -14,6 +14,7 @@ import pytest
 from django.core.management import call_command
 from django.utils import timezone
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from waffle import get_waffle_switch_model
 
@@ -277,6 +278,7 @@ def test_a_scheduler_killed_after_it_took_what_was_due_loses_nothing(hourly, mon
     assert tick(now=NOON + timedelta(seconds=5)) == ["hourly"]
 
 
+@pytest.mark.long_on_postgres
 def test_many_that_come_due_together_are_spread_over_their_minute_and_stay_a_minute_apart(nothing_else, queued):
     sweeps = []
     for number in range(300):
@@ -284,15 +286,15 @@ def test_many_that_come_due_together_are_spread_over_their_minute_and_stay_a_min
         sweeps.append(sweep(made, cron="* * * * *", name=f"schedule_work_{number}")(Task.objects.pending))
     tick(now=NOON)
     pushed_at: dict[str, list[int]] = {}
-    for seconds in range(60, 180, 5):
+    for seconds in range(60, 240, 5):
         with clock.fixed(NOON + timedelta(seconds=seconds)):
             for name in tick(now=clock.read()):
                 pushed_at.setdefault(name, []).append(seconds)
             drain()
     times = [seconds for pushes in pushed_at.values() for seconds in pushes]
     # 300 in the twelve ticks of a minute.
-    assert {seconds: times.count(seconds) for seconds in times} == dict.fromkeys(range(60, 180, 5), 25)
-    assert all(pushes == [pushes[0] + 60 * number for number in range(2)] for pushes in pushed_at.values())
+    assert {seconds: times.count(seconds) for seconds in times} == dict.fromkeys(range(60, 240, 5), 25)
+    assert all(pushes == [pushes[0] + 60 * number for number in range(3)] for pushes in pushed_at.values())
     assert len(pushed_at) == len(sweeps)
 
 
@@ -730,7 +732,7 @@ def test_where_no_process_can_be_started_it_goes_on(ticking, monkeypatch, caplog
 
 
 def test_a_redis_that_is_away_holds_up_nothing_on_another(nothing_else, task, redis, settings):
-    """Neither what is owed nor the rows whose time has come, and it is asked once for each of these."""
+    """Neither what is owed nor the rows whose time has come."""
     nowhere = f"redis://127.0.0.1:{free_port()}/0"
     settings.RQ_QUEUES = {**settings.RQ_QUEUES, "urgent": {**settings.RQ_QUEUES["urgent"], "URL": nowhere}}
     for name, queue in (("a", "urgent"), ("b", "urgent"), ("c", "default")):
@@ -740,11 +742,10 @@ def test_a_redis_that_is_away_holds_up_nothing_on_another(nothing_else, task, re
         Claim.objects.create(
             job=name, model="cast.task", object_pk=str(task.pk), first_claimed_at=NOON, next_attempt_at=NOON
         )
-    with pytest.raises(ExceptionGroup) as met:
+    # It is asked once: what is met more often comes as a group.
+    with pytest.raises(RedisConnectionError):
         tick()
     assert redis.lrange("rq:queue:default", 0, -1) == [b"schedule_c", b"c-%d" % task.pk]
-    # One for each part of a tick.
-    assert len(met.value.exceptions) == 3
 
 
 @pytest.mark.postgres

@@ -199,7 +199,7 @@ class Roster:
     def __init__(self, versions: dict[str, Any], redis: Redis) -> None:
         self.versions, self.redis = versions, redis
         # What is started next runs this version; and of that which is running now, the registry holds what is declared.
-        self.version = self._loaded = ""
+        self.version, self._loaded = "today", ""
         self.bodies = {"scheduler": tick_for_ever, "worker": work_for_ever}
 
     def fill(self, world: World) -> None:
@@ -212,9 +212,6 @@ class Roster:
             wanted = self.WANTED.count(kind) if not (world.is_calm and kind == "scheduler") else 1
             for _ in range(wanted - running):
                 world.start(kind, lambda body=body: body(self.redis))
-
-    def deploy(self, version: str) -> None:
-        self.version = version
 
     def load(self, version: str) -> None:
         """Have the registry hold what a process of this version has declared."""
@@ -229,7 +226,7 @@ class Roster:
         By SIGTERM workers end after the message in work, by two they give it back, and SIGKILL is for all of a machine.
         In a rolling deploy half of them go on for now with the code that they have.
         """
-        self.deploy(version)
+        self.version = version
         running = [each for each in world.processes if each.kind in ("scheduler", "worker", "child")]
         if how == "rolling":
             first = {each.kind: each for each in reversed(running) if each.kind != "child"}

@@ -14,6 +14,7 @@ from django.db import connections
 from rq.timeouts import JobTimeoutException
 
 from jobs import clock, enqueue
+from jobs.conf import conf
 
 if TYPE_CHECKING:
     from tests.recovery.explorer.chooser import Chooser
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 EPOCH = datetime(2030, 1, 1, 11, 56, tzinfo=UTC)
 # How much a cut costs in virtual time, so that no two of them are at the same moment.
 STEP = 0.001
-# What the library sets on PostgreSQL for its own processes, and the wait for SQLite's one lock.
-LOCK_TIMEOUT = 5.0
 # The decisions end after so much virtual time, however few cuts there were.
 LONGEST_CHAOS = 900.0
 # Then everything runs fairly, and has to be at rest within this: several leases, backoffs and sweeps one after another,
@@ -246,7 +245,7 @@ class Actor:
     def gives_up_at(self) -> float:
         """When its statement is cancelled that waits for a lock: in a worker or a tick, and not in a user's request."""
         has_limit = self.is_stuck and self.process.kind in ("scheduler", "worker", "child")
-        return self.stuck_at + LOCK_TIMEOUT if has_limit else 0.0
+        return self.stuck_at + conf.HEARTBEAT.total_seconds() / 3 if has_limit else 0.0
 
     def _set_clock(self) -> None:
         clock._fixed.set(self.world.now)
@@ -339,7 +338,6 @@ class World:
     def run(self) -> None:
         """Go through chaos and calm until everything is at rest."""
         try:
-            self.roster.deploy("today")
             while not (self.is_calm and self.invariants.at_rest()):
                 self._go_on()
             # Not with the others: one of them may be in the middle of a transaction.
