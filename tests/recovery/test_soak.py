@@ -78,7 +78,7 @@ def test_without_the_lease_two_are_at_one_row(home, monkeypatch):
 
 @pytest.mark.long
 def test_without_a_look_at_claim_and_state_writes_are_bad(home):
-    code, said = soak(home, settings="tests.recovery.soak_without_look", disasters="child frozen")
+    code, said = soak(home, settings="tests.recovery.soak_without_look", disasters="child frozen", minutes="0.8")
     assert code == 1, said
     assert int(re.search(r"bad writes (\d+)", said)[1]) > 0
     assert re.search(r"Bad writes:\n  soak_\d+: ", said)
